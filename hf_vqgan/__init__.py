@@ -1,0 +1,33 @@
+"""VQ-GAN image tokenizers for the Hugging Face ecosystem."""
+
+from diffusers.pipelines import pipeline_loading_utils
+from transformers import AutoConfig, AutoImageProcessor, AutoModel
+
+from .configuration_vqgan import VQGANConfig
+from .image_processing_vqgan import VQGANImageProcessor
+from .modeling_vqgan import VQGANEncoderOutput, VQGANModel, VQGANOutput
+from .quantizers import QUANTIZERS, QuantizerOutput
+
+__version__ = "0.1.0"
+__all__ = [
+    "QUANTIZERS",
+    "QuantizerOutput",
+    "VQGANConfig",
+    "VQGANEncoderOutput",
+    "VQGANImageProcessor",
+    "VQGANModel",
+    "VQGANOutput",
+]
+
+AutoConfig.register("vqgan", VQGANConfig, exist_ok=True)
+AutoModel.register(VQGANConfig, VQGANModel, exist_ok=True)
+AutoImageProcessor.register(
+    VQGANConfig, image_processor_classes={"torchvision": VQGANImageProcessor}, exist_ok=True
+)
+
+# diffusers loads a pipeline's components only through libraries on this list. It is not public API, so its absence
+# costs the pipelines that name hf_vqgan, not the import of this package.
+for _name in ("LOADABLE_CLASSES", "ALL_IMPORTABLE_CLASSES"):
+    _methods = {"VQGANModel": ["save_pretrained", "from_pretrained"]}
+    if (_table := getattr(pipeline_loading_utils, _name, None)) is not None:
+        _table.update({"hf_vqgan": _methods} if _name == "LOADABLE_CLASSES" else _methods)

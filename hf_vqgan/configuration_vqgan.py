@@ -1,0 +1,150 @@
+"""Configuration of a VQ-GAN: what is needed to rebuild the model, and nothing about how it was trained."""
+
+import difflib
+from dataclasses import fields
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+# Keys that transformers and diffusers add to a config.json or pass to a config's constructor on their own account.
+# Every other unknown key is a misspelling: transformers would keep it silently, we report it.
+LIBRARY_KEYS = frozenset(
+    {
+        "attn_implementation",
+        "auto_map",
+        "experts_implementation",
+        "model_type",
+        "name_or_path",
+        "num_labels",
+        "output_attentions",
+        "quantization_config",
+        "torch_dtype",
+        "transformers_weights",
+        "use_return_dict",
+    }
+)
+
+
+@strict
+class VQGANConfig(PreTrainedConfig):
+    r"""
+    Architecture of a [`VQGANModel`]. Fields shared with `diffusers.VQModel` carry its names and meaning.
+
+    The defaults are the f16 ImageNet tokenizer of taming-transformers (https://huggingface.co/papers/2012.09841) with
+    the low-dimensional codes of LlamaGen (https://huggingface.co/papers/2406.06525).
+
+    Args:
+        in_channels (`int`, defaults to 3): Channels of the input image.
+        out_channels (`int`, defaults to 3): Channels of the reconstruction.
+        sample_size (`int`, defaults to 256): Side in pixels of the images the model was trained on.
+        block_out_channels (`list[int]`, defaults to `(128, 128, 256, 256, 512)`):
+            Channels of each resolution level, highest resolution first. Every level but the last halves the
+            resolution, so n levels give an f = 2^(n-1) tokenizer.
+        layers_per_block (`int`, defaults to 2): Residual blocks per encoder level (the decoder has one more).
+        down_block_types (`list[str]`, *optional*):
+            diffusers block per encoder level; `None` means plain blocks with attention at the lowest level.
+        up_block_types (`list[str]`, *optional*): Likewise for the decoder, lowest resolution first.
+        mid_block_add_attention (`bool`, defaults to `True`): Attention between the two middle residual blocks.
+        act_fn (`str`, defaults to `"silu"`): Activation.
+        norm_num_groups (`int`, defaults to 32): Groups of every GroupNorm; must divide every level's channels.
+        norm_type (`str`, defaults to `"group"`):
+            Decoder normalisation: `"group"`, or `"spatial"` (MoVQ, https://huggingface.co/papers/2209.09002).
+        latent_channels (`int`, defaults to 256): Channels of the encoder's output and the decoder's input.
+        quantizer (`str`, defaults to `"vq"`): A key of `hf_vqgan.QUANTIZERS`.
+        num_vq_embeddings (`int`, defaults to 8192): Number of codes K.
+        vq_embed_dim (`int`, *optional*): Dimension D of a code; `None` means `latent_channels`.
+        commitment_weight (`float`, defaults to 0.25):
+            Weight β of the commitment term |z - sg(e)|², which pulls the encoder towards its codes
+            (eq. 3 of https://huggingface.co/papers/1711.00937). Applied by the trainer, never by the quantizer.
+        codebook_weight (`float`, defaults to 1.0): Weight of the codebook term |sg(z) - e|², which pulls codes to data.
+        scaling_factor (`float`, defaults to 1.0):
+            Factor that gives the latents unit variance; diffusion models see `(latents - shift_factor) * scaling_factor`.
+        shift_factor (`float`, defaults to 0.0): See `scaling_factor`.
+        force_upcast (`bool`, defaults to `False`): diffusers pipelines decode in float32 if set.
+        lookup_from_codebook (`bool`, defaults to `True`): Passed on to `diffusers.VQModel` by `to_diffusers()`.
+
+    Raises:
+        ValueError: for an unknown field (with the nearest known name) and for values that contradict each other.
+    """
+
+    model_type = "vqgan"
+
+    in_channels: int = 3
+    out_channels: int = 3
+    sample_size: int = 256
+    block_out_channels: list[int] | tuple[int, ...] = (128, 128, 256, 256, 512)
+    layers_per_block: int = 2
+    down_block_types: list[str] | tuple[str, ...] | None = None
+    up_block_types: list[str] | tuple[str, ...] | None = None
+    mid_block_add_attention: bool = True
+    act_fn: str = "silu"
+    norm_num_groups: int = 32
+    norm_type: str = "group"
+    latent_channels: int = 256
+    quantizer: str = "vq"
+    num_vq_embeddings: int = 8192
+    vq_embed_dim: int | None = 8
+    commitment_weight: float | int = 0.25
+    codebook_weight: float | int = 1.0
+    scaling_factor: float | int = 1.0
+    shift_factor: float | int = 0.0
+    force_upcast: bool = False
+    lookup_from_codebook: bool = True
+
+    def __post_init__(self, **kwargs):
+        unknown = [key for key in kwargs if not key.startswith("_") and key not in LIBRARY_KEYS]
+        if unknown:
+            known = [field.name for field in fields(self)]
+            hints = [f"{key!r}" + "".join(f" (did you mean {m!r}?)" for m in difflib.get_close_matches(key, known, 1))
+                     for key in unknown]
+            raise ValueError(f"VQGANConfig has no field {', '.join(hints)}. Its fields are: {', '.join(model_fields())}.")
+
+        # Tuples, so that a config built in Python equals the same config read back from JSON.
+        self.block_out_channels = tuple(self.block_out_channels)
+        levels = len(self.block_out_channels)
+        if self.down_block_types is None:
+            self.down_block_types = ("DownEncoderBlock2D",) * (levels - 1) + ("AttnDownEncoderBlock2D",)
+        if self.up_block_types is None:
+            self.up_block_types = ("AttnUpDecoderBlock2D",) + ("UpDecoderBlock2D",) * (levels - 1)
+        self.down_block_types = tuple(self.down_block_types)
+        self.up_block_types = tuple(self.up_block_types)
+        if self.vq_embed_dim is None:
+            self.vq_embed_dim = self.latent_channels
+        self._check_values()
+        super().__post_init__(**kwargs)
+
+    def _check_values(self):
+        levels = len(self.block_out_channels)
+        for name in ("down_block_types", "up_block_types"):
+            if len(getattr(self, name)) != levels:
+                raise ValueError(
+                    f"{name} has {len(getattr(self, name))} entries but block_out_channels={self.block_out_channels} "
+                    f"has {levels}. Give one block type per level, or leave {name} out."
+                )
+        if bad := [c for c in self.block_out_channels if c % self.norm_num_groups]:
+            raise ValueError(
+                f"norm_num_groups={self.norm_num_groups} does not divide the channel count(s) {bad} in "
+                f"block_out_channels={self.block_out_channels}. Set norm_num_groups to a common divisor."
+            )
+        for name in ("in_channels", "out_channels", "sample_size", "layers_per_block", "latent_channels",
+                     "num_vq_embeddings", "vq_embed_dim"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+        if self.norm_type not in ("group", "spatial"):
+            raise ValueError(f"norm_type={self.norm_type!r} must be 'group' or 'spatial'.")
+        if self.norm_type == "spatial" and self.vq_embed_dim != self.latent_channels:
+            raise ValueError(
+                f"norm_type='spatial' feeds the codes to the decoder's norms, so vq_embed_dim={self.vq_embed_dim} must "
+                f"equal latent_channels={self.latent_channels}."
+            )
+
+    @property
+    def downsample_factor(self) -> int:
+        """f: how many pixels one latent position covers along each side."""
+        return 2 ** (len(self.block_out_channels) - 1)
+
+
+def model_fields() -> list[str]:
+    """Names of the fields that VQGANConfig adds to transformers' own."""
+    inherited = {field.name for field in fields(PreTrainedConfig)}
+    return [field.name for field in fields(VQGANConfig) if field.name not in inherited]

@@ -1,0 +1,150 @@
+"""The three losses and the gradient that they send to the reconstruction.
+
+x is the image, x̂ its reconstruction, both in [-1, 1].
+
+    L1            counts pixels: |x̂ - x|. Safe, and blurry: where it cannot know a detail, the median colour costs least.
+    perceptual    compares features of a pretrained network (LPIPS): edges and textures have to be there.
+    adversarial   a discriminator trained alongside: it keeps pace with the decoder and finds what gives it away.
+
+Every loss is returned under its name, unweighted. Weights are applied once, by `weighted_sum`.
+"""
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .lpips_weights import NETWORKS, load_head_weights, load_trunk_weights
+
+
+def weighted_sum(terms: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
+    """
+    Σ weight * term over the terms whose weight is not zero; a zero-weighted term may be missing.
+
+    Raises:
+        KeyError: if a term has a weight but was not computed, or was computed but has no weight.
+    """
+    if missing := [name for name, weight in weights.items() if weight and name not in terms]:
+        raise KeyError(f"weighted but not computed: {missing}; computed: {sorted(terms)}.")
+    if unknown := sorted(terms.keys() - weights.keys()):
+        raise KeyError(f"computed but without a weight: {unknown}; give 0 to watch a term without training on it.")
+    weighted = [weights[name] * term for name, term in terms.items() if weights[name]]
+    return torch.stack(weighted).sum() if weighted else torch.zeros(())
+
+
+class LPIPS(nn.Module):
+    r"""
+    Learned perceptual image patch similarity, v0.1 (https://huggingface.co/papers/1801.03924, eq. 1):
+
+        d(x, y) = Σ_l mean_hw Σ_c w_lc (x̂_lchw - ŷ_lchw)²,
+
+    x̂_l and ŷ_l being a pretrained network's features at layer l, normalised to unit length over channels. The
+    learned w are the `lpips` package's; distances equal that package's, without its dropout (a model-wide `.train()`
+    would turn it on). Frozen; always in eval mode.
+
+    Args:
+        net (`str`): `"vgg"` (what VQ-GANs are trained with) or `"alex"` (three times cheaper on CPU or more; what most
+            tables report).
+        weights_path (`str`, *optional*): The trunk's weights: a torchvision `.pth`, or safetensors with its keys.
+        upscale (`int`, defaults to 1): Enlarge images this many times (bilinear) first, to give small crops to a
+            network that was trained at 224 pixels.
+    """
+
+    def __init__(self, net: str = "vgg", weights_path: str | None = None, upscale: int = 1):
+        super().__init__()
+        self.upscale = upscale
+        self.slices = NETWORKS[net].build()
+        self.slices.load_state_dict(load_trunk_weights(net, weights_path), assign=True)
+        self.heads = nn.ParameterList(load_head_weights(net))  # per layer: (1, C, 1, 1), non-negative
+        # What ImageNet networks expect, moved from [0, 1] to [-1, 1] (the constants of the lpips package).
+        self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188])[:, None, None])
+        self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450])[:, None, None])
+        for parameter in self.parameters():
+            parameter.requires_grad_(False)
+        self.eval()
+
+    def train(self, mode: bool = True) -> "LPIPS":
+        return super().train(False)
+
+    def features(self, pixel_values: Tensor) -> list[Tensor]:
+        """Unit-length features per layer of images `(B, 3, H, W)` in [-1, 1]."""
+        if self.upscale != 1:
+            pixel_values = F.interpolate(pixel_values, scale_factor=float(self.upscale), mode="bilinear")
+        hidden = (pixel_values - self.shift) / self.scale
+        features = []
+        for layers in self.slices:
+            hidden = layers(hidden)
+            norm = hidden.float().square().sum(dim=1, keepdim=True).sqrt()
+            features.append(hidden / (norm + 1e-10))
+        return features
+
+    def distance(self, features: list[Tensor], other: list[Tensor]) -> Tensor:
+        """Distance per image, `(B,)`, from two results of `features`."""
+        layers = zip(features, other, self.heads, strict=True)
+        return sum(((a - b).square() * head).float().sum(dim=1).mean(dim=(1, 2)) for a, b, head in layers)
+
+    def forward(self, sample: Tensor, target: Tensor) -> Tensor:
+        """`(B, 3, H, W)` twice, in [-1, 1], to `(B,)`. No gradient reaches `target`."""
+        with torch.no_grad():
+            target_features = self.features(target)
+        return self.distance(self.features(sample), target_features)
+
+
+def reconstruction_losses(sample: Tensor, target: Tensor, perceptual: LPIPS | None) -> dict[str, Tensor]:
+    """Unweighted `l1`, `l2` and, given a network, `perceptual`: means over batch and pixels."""
+    terms = {"l1": F.l1_loss(sample, target), "l2": F.mse_loss(sample, target)}
+    if perceptual is not None:
+        terms["perceptual"] = perceptual(sample, target).mean()
+    return terms
+
+
+ADVERSARIAL_LOSSES = ("hinge", "non_saturating")
+
+
+def adversarial_loss(fake_logits: Tensor, kind: str) -> Tensor:
+    """
+    What the generator pays: `hinge`: -mean(D(x̂)) (https://huggingface.co/papers/1705.02894); `non_saturating`:
+    mean(softplus(-D(x̂))) (https://huggingface.co/papers/1406.2661, section 3).
+    """
+    return -fake_logits.mean() if kind == "hinge" else F.softplus(-fake_logits).mean()
+
+
+def discriminator_losses(real_logits: Tensor, fake_logits: Tensor, kind: str) -> dict[str, Tensor]:
+    """
+    What the discriminator pays, to be summed with weight ½ each: `hinge`: relu(1 - D(x)), relu(1 + D(x̂));
+    `non_saturating`: softplus(-D(x)), softplus(D(x̂)).
+    """
+    if kind == "hinge":
+        return {"disc_real": F.relu(1 - real_logits).mean(), "disc_fake": F.relu(1 + fake_logits).mean()}
+    return {"disc_real": F.softplus(-real_logits).mean(), "disc_fake": F.softplus(fake_logits).mean()}
+
+
+def last_layer_gradient(sample: Tensor, last_layer: Tensor, gradient: Tensor) -> Tensor:
+    """
+    ∂L/∂W of the decoder's last convolution, from `gradient` = ∂L/∂x̂ alone.
+
+    x̂ is that convolution's output, so autograd runs this one product and nothing else of the network.
+    """
+    return torch.autograd.grad(sample, last_layer, gradient, retain_graph=True)[0]
+
+
+def adaptive_weight(reconstruction_gradient: Tensor, adversarial_gradient: Tensor, maximum: float) -> Tensor:
+    """
+    λ = |∇_W L_rec| / (|∇_W L_adv| + 1e-4), at most `maximum`, W being the decoder's last layer (VQ-GAN,
+    https://huggingface.co/papers/2012.09841, eq. 7; taming-transformers' ε and cap): the adversarial loss gets a pull
+    as strong as the reconstruction's, however large its logits are.
+
+    Where there is no adversarial gradient, there is nothing to balance: λ = 0, not the cap.
+    """
+    norm = adversarial_gradient.norm()
+    return torch.where(norm > 0, reconstruction_gradient.norm() / (norm + 1e-4), 0.0).clamp(max=maximum)
+
+
+def ramp(step: int, start: int, length: int) -> float:
+    """0 before `start`, then linearly to 1 over `length` steps (at once if 0)."""
+    if step < start:
+        return 0.0
+    return 1.0 if length == 0 else min(1.0, (step - start) / length)
+
+

@@ -1,0 +1,181 @@
+"""How well the codebook is used, and how close reconstructions come."""
+
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+
+from .losses import LPIPS
+from .modeling_vqgan import VQGANModel
+
+
+def perplexity(counts: Tensor) -> float:
+    """exp(-Σ p log p) of a histogram `(K,)`: how many equally used codes would be as hard to guess. 0 if empty."""
+    if not counts.any():
+        return 0.0
+    p = counts[counts > 0].double()
+    p = p / p.sum()
+    return float(torch.exp(-(p * p.log()).sum()))
+
+
+def gather_rows(rows: Tensor) -> Tensor:
+    """`(N, ...)` of every process, in the order of ranks: `(processes * N, ...)`. N must be the same everywhere."""
+    if not (dist.is_available() and dist.is_initialized()):  # asked at each call: a process group may come later
+        return rows
+    gathered = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
+    dist.all_gather(gathered, rows.contiguous())
+    return torch.cat(gathered)
+
+
+@dataclass
+class CodebookReport:
+    """
+    State of a codebook over a window of steps, over all processes.
+
+    Args:
+        perplexity (`float`): exp(entropy) of the histogram of codes, in [1, K].
+        usage (`float`): Share of codes hit at least once in the window, in [0, 1].
+        dead_codes (`int`): Codes not hit in the window.
+        top_code_share (`float`): Share of all positions that the most used code holds, in [0, 1].
+        oldest_code (`int`): Steps since the longest unused code was hit.
+        window_steps (`int`): Steps in the window so far.
+        positions (`int`): Latent positions counted in the window, i.e. the sum of the histogram.
+    """
+
+    perplexity: float
+    usage: float
+    dead_codes: int
+    top_code_share: float
+    oldest_code: int
+    window_steps: int
+    positions: int
+
+
+class CodebookHealth:
+    """
+    Histogram of code use over the last `window` updates, the same on every process.
+
+    `update` gathers the indices of all processes, so one process that sees 64 images and two that see 32 each report
+    the same numbers.
+
+    Args:
+        num_codes (`int`): K.
+        window (`int`): How many updates (training steps) count.
+    """
+
+    def __init__(self, num_codes: int, window: int = 100):
+        if window < 1:
+            raise ValueError(f"window={window} must be at least 1 step.")
+        self.num_codes = num_codes
+        self.window = window
+        self.recent: deque[Tensor] = deque()
+        self.counts = torch.zeros(num_codes, dtype=torch.int64)
+        self.age = torch.zeros(num_codes, dtype=torch.int64)  # steps since each code was last hit
+
+    def update(self, indices: Tensor) -> None:
+        """Count one step's `indices` (any shape, int64); call it on every process, with equal shapes."""
+        indices = gather_rows(indices.detach().flatten()).cpu()
+        hits = torch.bincount(indices, minlength=self.num_codes)
+        self.counts += hits
+        self.age.add_(1)[hits > 0] = 0
+        self.recent.append(indices.to(torch.int32))
+        if len(self.recent) > self.window:
+            self.counts -= torch.bincount(self.recent.popleft(), minlength=self.num_codes)
+
+    def report(self) -> CodebookReport:
+        total = int(self.counts.sum())
+        return CodebookReport(
+            perplexity=perplexity(self.counts),
+            usage=float((self.counts > 0).float().mean()),
+            dead_codes=int((self.counts == 0).sum()),
+            top_code_share=float(self.counts.max()) / max(total, 1),
+            oldest_code=int(self.age.max()),
+            window_steps=len(self.recent),
+            positions=total,
+        )
+
+    def state_dict(self) -> dict:
+        return {"recent": list(self.recent), "counts": self.counts, "age": self.age}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.recent, self.counts, self.age = deque(state["recent"]), state["counts"], state["age"]
+
+
+@dataclass
+class ReconstructionReport:
+    """
+    Means over images of per-image figures, so that neither batch size nor the number of processes changes them.
+
+    Args:
+        psnr (`float`): dB, on pixels clamped to [-1, 1] (range 2), not rounded to 8 bits.
+        ssim (`float`): As torchmetrics computes it: gaussian window of 11 pixels, σ 1.5, range 2.
+        lpips (`float`): LPIPS v0.1; which network, the caller knows.
+        l1 (`float`): Mean absolute error in [-1, 1] pixels.
+        perplexity (`float`): Over all codes of all images, as `CodebookReport.perplexity`.
+        usage (`float`): Share of codes hit at least once by these images.
+        num_images (`int`): How many images.
+    """
+
+    psnr: float
+    ssim: float
+    lpips: float | None
+    l1: float
+    perplexity: float
+    usage: float
+    num_images: int
+
+    def as_dict(self) -> dict[str, float]:
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+@torch.no_grad()
+def evaluate_reconstruction(
+    model: VQGANModel, images: Iterable[Tensor], perceptual: LPIPS | None = None
+) -> ReconstructionReport:
+    """
+    Reconstruct `images`, an iterable of `(B, 3, H, W)` batches in [-1, 1] of any size, and measure.
+
+    With several processes, each passes its own share of the images and all get the same report.
+
+    Raises:
+        ValueError: if there is no image on any process.
+    """
+    device = model.device
+    totals = torch.zeros(5, dtype=torch.float64, device=device)  # psnr, ssim, lpips, l1, count
+    counts = torch.zeros(model.quantize.num_codes, dtype=torch.int64, device=device)
+    training = model.training
+    model.eval()
+    try:
+        for pixels in images:
+            pixels = pixels.to(device)
+            output = model(pixels)
+            sample = output.sample.float().clamp(-1, 1)
+            error = (sample - pixels).abs().mean(dim=(1, 2, 3))
+            psnr = peak_signal_noise_ratio(sample, pixels, data_range=2.0, reduction="none", dim=(1, 2, 3))
+            ssim = structural_similarity_index_measure(sample, pixels, data_range=2.0, reduction="none")
+            lpips = perceptual(sample, pixels) if perceptual is not None else torch.zeros_like(error)
+            figures = [figure.double().sum() for figure in (psnr, ssim, lpips, error)]
+            totals += torch.stack([*figures, totals.new_tensor(len(pixels))])
+            counts += torch.bincount(output.indices.flatten(), minlength=len(counts))
+    finally:
+        model.train(training)
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(totals)
+        dist.all_reduce(counts)
+    *sums, number = totals.tolist()
+    if not number:
+        raise ValueError("there are no images to evaluate on.")
+    psnr, ssim, lpips, error = (value / number for value in sums)
+    return ReconstructionReport(
+        psnr=psnr,
+        ssim=ssim,
+        lpips=lpips if perceptual is not None else None,
+        l1=error,
+        perplexity=perplexity(counts),
+        usage=float((counts > 0).float().mean()),
+        num_images=int(number),
+    )

@@ -1,0 +1,229 @@
+"""The VQ-GAN as a transformers model with diffusers' interface: image -> encoder -> quantizer -> decoder -> image.
+
+Nothing about losses on images, discriminators or training is here: see `losses.py` and `training.py`.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from diffusers import VQModel
+from diffusers.models.autoencoders.vae import Decoder, DecoderOutput, Encoder, IdentityDistribution
+from diffusers.utils.accelerate_utils import apply_forward_hook
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
+
+from .configuration_vqgan import VQGANConfig
+from .quantizers import QUANTIZERS, Quantizer
+
+
+@dataclass
+class VQGANEncoderOutput(ModelOutput):
+    """
+    Args:
+        latents (`Tensor` of shape `(B, D, h, w)`): Continuous latents, before quantization.
+    """
+
+    latents: Tensor | None = None
+
+    @property
+    def latent_dist(self) -> IdentityDistribution:
+        """The latents as the (degenerate) distribution that diffusers' pipelines sample from."""
+        return IdentityDistribution(self.latents)
+
+
+@dataclass
+class VQGANOutput(ModelOutput):
+    """
+    Args:
+        sample (`Tensor` of shape `(B, C, H, W)`): Reconstruction, about [-1, 1] (not clamped).
+        latents (`Tensor` of shape `(B, D, h, w)`): Continuous latents, before quantization.
+        indices (`Tensor` of shape `(B, h, w)`, int64): Chosen codes.
+        losses (`dict[str, Tensor]`): The quantizer's named, unweighted losses.
+    """
+
+    sample: Tensor | None = None
+    latents: Tensor | None = None
+    indices: Tensor | None = None
+    losses: dict[str, Tensor] | None = None
+
+
+class VQGANModel(PreTrainedModel):
+    r"""
+    An image tokenizer: B x 3 x H x W pixels in [-1, 1] to B x H/f x W/f codes and back.
+
+    State-dict keys are those of `diffusers.VQModel`, so weights move between the two unchanged (`to_diffusers`).
+
+    Example:
+    ```python
+    model = VQGANModel(VQGANConfig(block_out_channels=(32, 64), latent_channels=32, num_vq_embeddings=512))
+    indices = model.encode_indices(pixel_values)  # (B, H/2, W/2)
+    pixel_values = model.decode_indices(indices).sample  # (B, 3, H, W)
+    ```
+    """
+
+    config_class = VQGANConfig
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["DownEncoderBlock2D", "AttnDownEncoderBlock2D", "UNetMidBlock2D", "UpDecoderBlock2D",
+                         "AttnUpDecoderBlock2D"]
+
+    def __init__(self, config: VQGANConfig):
+        super().__init__(config)
+        if config.quantizer not in QUANTIZERS:
+            raise ValueError(f"quantizer={config.quantizer!r} is not one of {', '.join(map(repr, QUANTIZERS))}.")
+        shared = {
+            "block_out_channels": config.block_out_channels,
+            "layers_per_block": config.layers_per_block,
+            "act_fn": config.act_fn,
+            "norm_num_groups": config.norm_num_groups,
+            "mid_block_add_attention": config.mid_block_add_attention,
+        }
+        self.encoder = Encoder(
+            in_channels=config.in_channels,
+            out_channels=config.latent_channels,
+            down_block_types=config.down_block_types,
+            double_z=False,
+            **shared,
+        )
+        self.quant_conv = nn.Conv2d(config.latent_channels, config.vq_embed_dim, 1)
+        self.quantize: Quantizer = QUANTIZERS[config.quantizer](config)
+        self.post_quant_conv = nn.Conv2d(config.vq_embed_dim, config.latent_channels, 1)
+        self.decoder = Decoder(
+            in_channels=config.latent_channels,
+            out_channels=config.out_channels,
+            up_block_types=config.up_block_types,
+            norm_type=config.norm_type,
+            **shared,
+        )
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        # transformers' own rule would redraw every weight from N(0, 0.02). PyTorch's per-layer defaults are what
+        # diffusers' blocks are meant to start from.
+        if isinstance(module, (nn.Conv2d, nn.Linear, nn.GroupNorm, Quantizer)):
+            module.reset_parameters()
+
+    @property
+    def last_layer(self) -> Tensor:
+        """Weight of the decoder's last convolution, at which loss gradients are compared (adaptive weight)."""
+        return self.decoder.conv_out.weight
+
+    @apply_forward_hook
+    def encode(self, pixel_values: Tensor, return_dict: bool = True) -> VQGANEncoderOutput | tuple[Tensor]:
+        """
+        Args:
+            pixel_values (`Tensor` of shape `(B, C, H, W)`): Images in [-1, 1]; H and W multiples of f.
+
+        Returns:
+            [`VQGANEncoderOutput`] with continuous `latents` `(B, D, H/f, W/f)`, or a tuple if not `return_dict`.
+
+        Raises:
+            ValueError: for integer pixels, a wrong number of channels, or sides that f does not divide.
+        """
+        self._check_pixels(pixel_values)
+        latents = self.quant_conv(self.encoder(pixel_values.to(self.dtype)))
+        return VQGANEncoderOutput(latents=latents) if return_dict else (latents,)
+
+    @apply_forward_hook
+    def decode(
+        self,
+        z: Tensor,
+        force_not_quantize: bool = False,
+        return_dict: bool = True,
+        shape: tuple[int, int, int, int] | None = None,
+        generator: torch.Generator | None = None,
+    ) -> DecoderOutput | tuple[Tensor]:
+        """
+        Decode latents, which are quantized first unless `force_not_quantize`, or indices, which are looked up.
+
+        Args:
+            z (`Tensor`): Float latents `(B, D, h, w)`; or integer indices `(B, h, w)`, or flat ones with `shape`.
+            shape (`tuple`, *optional*): `(B, h, w, D)` of flat indices, as diffusers' Amused pipeline passes it.
+            generator (`torch.Generator`, *optional*): Accepted for diffusers' pipelines; decoding draws no noise.
+
+        Returns:
+            `DecoderOutput` with `sample` `(B, C, h*f, w*f)`, about [-1, 1].
+        """
+        if not z.is_floating_point():
+            quantized = self._look_up(z if shape is None else z.reshape(shape[:3]))
+        else:
+            z = z.to(self.dtype)
+            quantized = z if force_not_quantize else self.quantize(z).quantized
+        sample = self._decode_quantized(quantized)
+        return DecoderOutput(sample=sample) if return_dict else (sample,)
+
+    def encode_indices(self, pixel_values: Tensor) -> Tensor:
+        """Images `(B, C, H, W)` in [-1, 1] to codes `(B, H/f, W/f)`, int64."""
+        return self.quantize(self.encode(pixel_values).latents).indices
+
+    def decode_indices(self, indices: Tensor, return_dict: bool = True) -> DecoderOutput | tuple[Tensor]:
+        """Codes `(B, h, w)`, any integer dtype, to images `(B, C, h*f, w*f)`, about [-1, 1]."""
+        return self.decode(indices, return_dict=return_dict)
+
+    def forward(
+        self, pixel_values: Tensor, force_not_quantize: bool = False, return_dict: bool = True
+    ) -> VQGANOutput | tuple[Tensor, ...]:
+        """
+        Reconstruct `pixel_values` `(B, C, H, W)` in [-1, 1].
+
+        With `force_not_quantize` the decoder sees the continuous latents, as at the start of some trainings; indices
+        and losses are those of the quantizer all the same.
+        """
+        latents = self.encode(pixel_values).latents
+        chosen = self.quantize(latents)
+        sample = self._decode_quantized(latents if force_not_quantize else chosen.quantized)
+        output = VQGANOutput(sample=sample, latents=latents, indices=chosen.indices, losses=chosen.losses)
+        return output if return_dict else output.to_tuple()
+
+    def to_diffusers(self) -> VQModel:
+        """
+        The same model as a stock `diffusers.VQModel`, with copied weights and equal outputs.
+
+        Raises:
+            ValueError: if the quantizer is not nearest-code lookup in a plain codebook.
+        """
+        if not hasattr(self.quantize, "to_codebook"):
+            raise ValueError(
+                f"quantizer={self.config.quantizer!r} is not a plain codebook with nearest-code lookup, which is all "
+                "that diffusers.VQModel can hold. Use VQGANModel itself as the pipeline's autoencoder."
+            )
+        shared = VQModel._get_init_keys(VQModel) - {"self"}
+        model = VQModel(**{name: getattr(self.config, name) for name in shared})
+        weights = {name: tensor for name, tensor in self.state_dict().items() if not name.startswith("quantize.")}
+        model.load_state_dict(weights | {"quantize.embedding.weight": self.quantize.to_codebook()})
+        return model.to(device=self.device, dtype=self.dtype).train(self.training)
+
+    def _decode_quantized(self, quantized: Tensor) -> Tensor:
+        # The spatial norms of MoVQ see the codes themselves beside the features.
+        return self.decoder(
+            self.post_quant_conv(quantized), quantized if self.config.norm_type == "spatial" else None
+        )
+
+    def _look_up(self, indices: Tensor) -> Tensor:
+        if indices.ndim != 3:
+            raise ValueError(f"indices of shape {tuple(indices.shape)}: expected (B, h, w).")
+        low, high = (int(bound) for bound in indices.aminmax())
+        if low < 0 or high >= self.quantize.num_codes:
+            raise ValueError(f"indices span [{low}, {high}] but the codebook has codes 0 to {self.quantize.num_codes - 1}.")
+        return self.quantize.codes(indices.long()).to(self.dtype)
+
+    def _check_pixels(self, pixel_values: Tensor) -> None:
+        if pixel_values.ndim != 4 or pixel_values.shape[1] != self.config.in_channels:
+            raise ValueError(
+                f"pixel_values of shape {tuple(pixel_values.shape)}: expected (B, {self.config.in_channels}, H, W)."
+            )
+        if not pixel_values.is_floating_point():
+            raise ValueError(
+                f"pixel_values are {pixel_values.dtype}: expected floats in [-1, 1]. VQGANImageProcessor makes them."
+            )
+        factor = self.config.downsample_factor
+        height, width = pixel_values.shape[2:]
+        if height % factor or width % factor:
+            raise ValueError(
+                f"image size {height}x{width} is not a multiple of {factor}, the model's downsampling factor. Crop or "
+                f"resize to {height // factor * factor}x{width // factor * factor} "
+                f"(VQGANImageProcessor(size_divisor={factor}) does)."
+            )

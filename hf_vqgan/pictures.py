@@ -1,0 +1,73 @@
+"""Pictures that a run is judged by: reconstructions beside their originals and code maps, and curves of every figure."""
+
+import io
+
+import torch
+import torch.nn.functional as F
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms.v2 import functional as tvF
+from torchvision.utils import make_grid
+
+from .modeling_vqgan import VQGANModel
+
+
+def code_colours(model: VQGANModel) -> Tensor:
+    """
+    One RGB colour in [-1, 1] per code, `(K, 3)`: its coordinates along the codebook's three principal axes, ranked, so
+    that similar codes look alike and every shade is used.
+    """
+    indices = torch.arange(model.quantize.num_codes, device=model.device)
+    codes = model.quantize.codes(indices[None, None]).detach()[0, :, 0].T.float()  # (K, D)
+    axes = torch.linalg.svd(codes - codes.mean(dim=0), full_matrices=False).Vh[:3]
+    coordinates = F.pad(codes @ axes.T, (0, 3 - len(axes)))
+    ranks = coordinates.argsort(dim=0).argsort(dim=0)
+    return ranks.float() / max(len(codes) - 1, 1) * 2 - 1
+
+
+@torch.no_grad()
+def draw_reconstructions(model: VQGANModel, images: list[Tensor]) -> Image.Image:
+    """One row per image `(3, H, W)` in [-1, 1]: original | reconstruction | code map, one colour per code."""
+    training = model.training
+    model.eval()
+    colours = code_colours(model)
+    rows = []
+    for pixels in images:
+        output = model(pixels[None].to(model.device))
+        codes = colours[output.indices].permute(0, 3, 1, 2)
+        code_map = F.interpolate(codes, size=pixels.shape[1:], mode="nearest")
+        rows.append(torch.cat([pixels[None], output.sample.float().cpu(), code_map.cpu()]).clamp(-1, 1) / 2 + 0.5)
+    model.train(training)
+    width = max(row.shape[-1] for row in rows)
+    strips = [make_grid(F.pad(row, (0, width - row.shape[-1]), value=1.0), nrow=3, pad_value=1.0) for row in rows]
+    return tvF.to_pil_image(torch.cat(strips, dim=1))
+
+
+def draw_curves(rows: list[dict[str, float]], num_codes: int) -> Image.Image:
+    """
+    Every figure of the log over steps, one panel each: training as a line, validation as dots.
+
+    Args:
+        rows (`list[dict]`): Lines of log.jsonl, each with `step`.
+        num_codes (`int`): Drawn as the ceiling of perplexity.
+    """
+    names = list(dict.fromkeys(name.removeprefix("validation_") for row in rows for name in row if name != "step"))
+    names = [name for name in names if name != "num_images"]
+    columns = 4
+    figure = Figure(figsize=(4 * columns, 2.6 * -(-len(names) // columns)), layout="constrained")
+    for axes, name in zip(figure.subplots(-(-len(names) // columns), columns, squeeze=False).flat, names, strict=False):
+        for key, style in ((name, "-"), (f"validation_{name}", "o--")):
+            points = [(row["step"], row[key]) for row in rows if key in row]
+            if points:
+                axes.plot(*zip(*points, strict=True), style, markersize=3, linewidth=1)
+        if name == "perplexity":
+            axes.axhline(num_codes, color="grey", linewidth=0.5)
+        axes.set_title(name, fontsize=10)
+        axes.tick_params(labelsize=8)
+    for axes in figure.axes[len(names) :]:
+        axes.set_axis_off()
+    buffer = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(buffer)
+    return Image.open(buffer)

@@ -1,0 +1,37 @@
+#!/usr/bin/env python
+"""
+Train a VQ-GAN with Accelerate.
+
+    accelerate launch scripts/train_vqgan.py                                    # recipes/quickstart.yaml
+    accelerate launch scripts/train_vqgan.py --dataset_name user/images --output_dir runs/mine
+    accelerate launch scripts/train_vqgan.py --config my_recipe.yaml --learning_rate 2e-4
+    accelerate launch scripts/train_vqgan.py --dry_run                          # check everything, train nothing
+
+Values come from the dataclasses in hf_vqgan/, overridden by the recipe, overridden by flags. `--help` lists them all.
+"""
+
+import sys
+from pathlib import Path
+
+import datasets
+
+from hf_vqgan import VQGANConfig
+from hf_vqgan.arguments import ModelArguments, RecipeParser, given
+from hf_vqgan.training import VQGANTrainingConfig, train
+
+RECIPES = Path(__file__).parent / "recipes"
+
+
+def main() -> None:
+    parser = RecipeParser((VQGANTrainingConfig, ModelArguments), default_recipe=RECIPES / "quickstart.yaml")
+    parser.add_argument("--dry_run", action="store_true", help="Check everything, print the plan, train nothing.")
+    try:
+        config, model, flags = parser.parse()
+        model_config = VQGANConfig(**{"sample_size": config.resolution} | given(model))
+        train(config, model_config, dry_run=flags.dry_run)
+    except (ValueError, FileNotFoundError, FileExistsError, FloatingPointError, datasets.exceptions.DatasetsError) as error:
+        sys.exit(f"{Path(__file__).name}: error: {error}")
+
+
+if __name__ == "__main__":
+    main()
