@@ -81,15 +81,22 @@ def load_image_datasets(
         data_files = {split: [f"{folder}/{pattern}" for pattern in files] for split, files in patterns.items()}
         splits = datasets.load_dataset("imagefolder", data_files=data_files, cache_dir=cache_dir, drop_labels=True)
     else:
-        splits = datasets.load_dataset(
-            dataset_name, dataset_config_name, data_files=data_files, cache_dir=cache_dir, revision=revision
-        )
+        try:
+            splits = datasets.load_dataset(
+                dataset_name, dataset_config_name, data_files=data_files, cache_dir=cache_dir, revision=revision
+            )
+        except ValueError as error:
+            if "corresponds to no data" not in str(error):
+                raise
+            raise ValueError(f"dataset {dataset_name!r} has an empty split: {error}") from error
 
     if validation_split is None:
         validation_split = next((name for name in ("validation", "test") if name in splits), None)
     for name in filter(None, (train_split, validation_split)):
         if name not in splits:
             raise ValueError(f"dataset {dataset_name!r} has no split {name!r}; it has {', '.join(splits)}.")
+        if len(splits[name]) == 0:
+            raise ValueError(f"dataset {dataset_name!r}: split {name!r} is empty.")
     train = _image_column(splits[train_split], dataset_name, image_column)
     if validation_split is not None:
         validation = _image_column(splits[validation_split], dataset_name, image_column)
@@ -99,9 +106,6 @@ def load_image_datasets(
             raise ValueError(f"dataset {dataset_name!r} has {len(train)} image(s): none is left to hold out.")
         halves = train.train_test_split(test_size=held_out, seed=seed)
         train, validation = halves["train"], halves["test"]
-    for name, split in ((train_split, train), (validation_split, validation)):
-        if len(split) == 0:
-            raise ValueError(f"dataset {dataset_name!r}: split {name!r} is empty.")
     return _first(train, max_train_samples), _first(validation, max_validation_samples)
 
 
@@ -219,6 +223,7 @@ class TrainingImages(torch.utils.data.Dataset):
         self.images, self.transform, self.seed, self.crops_per_image = images, transform, seed, crops_per_image
         self.cache: dict[int, tuple[Tensor, bool]] = {}
         self.cache_room = cache_bytes
+        self.reported: set[str] = set()
 
     def __len__(self) -> int:
         return len(self.images) * self.crops_per_image
@@ -229,7 +234,9 @@ class TrainingImages(torch.utils.data.Dataset):
             try:
                 pixels, upscaled = self._scaled((first + skipped) % len(self.images))
             except UnreadableImage as error:
-                logger.warning("skipped an unreadable image: %s", error)
+                if str(error) not in self.reported:  # once, not once an epoch
+                    self.reported.add(str(error))
+                    logger.warning("skipped an unreadable image: %s", error)
                 continue
             crop = self.transform.crop(pixels, random.Random(f"{self.seed} {number}"))
             return {"pixel_values": crop, "unreadable": skipped, "upscaled": int(upscaled)}

@@ -20,7 +20,8 @@ from .lpips_weights import NETWORKS, load_head_weights, load_trunk_weights
 
 def weighted_sum(terms: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
     """
-    Σ weight * term over the terms whose weight is not zero; a zero-weighted term may be missing.
+    Σ weight * term. A term of weight 0 may be missing; if it is there it stays in the graph, since DDP waits for a
+    gradient, be it zero, of every parameter that took part in the forward pass.
 
     Raises:
         KeyError: if a term has a weight but was not computed, or was computed but has no weight.
@@ -29,8 +30,7 @@ def weighted_sum(terms: Mapping[str, Tensor], weights: Mapping[str, float]) -> T
         raise KeyError(f"weighted but not computed: {missing}; computed: {sorted(terms)}.")
     if unknown := sorted(terms.keys() - weights.keys()):
         raise KeyError(f"computed but without a weight: {unknown}; give 0 to watch a term without training on it.")
-    weighted = [weights[name] * term for name, term in terms.items() if weights[name]]
-    return torch.stack(weighted).sum() if weighted else torch.zeros(())
+    return sum((weights[name] * term for name, term in terms.items()), start=torch.zeros(()))
 
 
 class LPIPS(nn.Module):
@@ -53,7 +53,7 @@ class LPIPS(nn.Module):
 
     def __init__(self, net: str = "vgg", weights_path: str | None = None, upscale: int = 1):
         super().__init__()
-        self.upscale = upscale
+        self.net, self.upscale = net, upscale
         self.slices = NETWORKS[net].build()
         self.slices.load_state_dict(load_trunk_weights(net, weights_path), assign=True)
         self.heads = nn.ParameterList(load_head_weights(net))  # per layer: (1, C, 1, 1), non-negative
@@ -67,22 +67,38 @@ class LPIPS(nn.Module):
     def train(self, mode: bool = True) -> "LPIPS":
         return super().train(False)
 
+    @property
+    def min_side(self) -> int:
+        """Sides of an image, in pixels, that the network needs at least."""
+        return -(-NETWORKS[self.net].min_side // self.upscale)
+
     def features(self, pixel_values: Tensor) -> list[Tensor]:
-        """Unit-length features per layer of images `(B, 3, H, W)` in [-1, 1]."""
+        """
+        Unit-length features per layer of images `(B, 3, H, W)` in [-1, 1].
+
+        Raises:
+            ValueError: for images smaller than `min_side`.
+        """
+        if min(pixel_values.shape[2:]) < self.min_side:
+            raise ValueError(
+                f"images of {pixel_values.shape[2]}x{pixel_values.shape[3]} pixels are too small for LPIPS: "
+                f"net={self.net!r} with upscale={self.upscale} needs sides of {self.min_side} pixels or more."
+            )
         if self.upscale != 1:
             pixel_values = F.interpolate(pixel_values, scale_factor=float(self.upscale), mode="bilinear")
         hidden = (pixel_values - self.shift) / self.scale
         features = []
         for layers in self.slices:
             hidden = layers(hidden)
-            norm = hidden.float().square().sum(dim=1, keepdim=True).sqrt()
+            precision = torch.promote_types(hidden.dtype, torch.float32)
+            norm = torch.linalg.vector_norm(hidden, dim=1, keepdim=True, dtype=precision)
             features.append(hidden / (norm + 1e-10))
         return features
 
     def distance(self, features: list[Tensor], other: list[Tensor]) -> Tensor:
         """Distance per image, `(B,)`, from two results of `features`."""
         layers = zip(features, other, self.heads, strict=True)
-        return sum(((a - b).square() * head).float().sum(dim=1).mean(dim=(1, 2)) for a, b, head in layers)
+        return sum(((a - b).square() * head).sum(dim=1).mean(dim=(1, 2)) for a, b, head in layers)
 
     def forward(self, sample: Tensor, target: Tensor) -> Tensor:
         """`(B, 3, H, W)` twice, in [-1, 1], to `(B,)`. No gradient reaches `target`."""

@@ -37,6 +37,7 @@ class Network:
     torchvision_name: str
     cuts: tuple[int, ...]  # the last layer of each slice, as an index into `features`
     index_file: str  # inside the package index's archive
+    min_side: int  # smallest image that reaches the last slice
 
     def build(self) -> nn.ModuleList:
         """Slices without storage; weights are assigned to them. Layers keep their torchvision index as their name."""
@@ -69,8 +70,8 @@ class Network:
 
 
 NETWORKS = {
-    "vgg": Network("vgg16", (3, 8, 15, 22, 29), "vgg16.ckpt"),
-    "alex": Network("alexnet", (1, 4, 7, 9, 11), "alexnet.ckpt"),
+    "vgg": Network("vgg16", (3, 8, 15, 22, 29), "vgg16.ckpt", 16),
+    "alex": Network("alexnet", (1, 4, 7, 9, 11), "alexnet.ckpt", 31),
 }
 
 

@@ -111,8 +111,8 @@ class ReconstructionReport:
     Means over images of per-image figures, so that neither batch size nor the number of processes changes them.
 
     Args:
-        psnr (`float`): dB, on pixels clamped to [-1, 1] (range 2), not rounded to 8 bits.
-        ssim (`float`): As torchmetrics computes it: gaussian window of 11 pixels, σ 1.5, range 2.
+        psnr (`float`): dB, on pixels clamped and mapped to [0, 1], not rounded to 8 bits.
+        ssim (`float`): On the same pixels; gaussian window of 11 pixels with σ 1.5 (torchmetrics).
         lpips (`float`): LPIPS v0.1; which network, the caller knows.
         l1 (`float`): Mean absolute error in [-1, 1] pixels.
         perplexity (`float`): Over all codes of all images, as `CodebookReport.perplexity`.
@@ -155,8 +155,9 @@ def evaluate_reconstruction(
             output = model(pixels)
             sample = output.sample.float().clamp(-1, 1)
             error = (sample - pixels).abs().mean(dim=(1, 2, 3))
-            psnr = peak_signal_noise_ratio(sample, pixels, data_range=2.0, reduction="none", dim=(1, 2, 3))
-            ssim = structural_similarity_index_measure(sample, pixels, data_range=2.0, reduction="none")
+            shown, real = sample / 2 + 0.5, pixels / 2 + 0.5  # [0, 1]: SSIM depends on where zero is
+            psnr = peak_signal_noise_ratio(shown, real, data_range=1.0, reduction="none", dim=(1, 2, 3))
+            ssim = structural_similarity_index_measure(shown, real, data_range=1.0, reduction="none")
             lpips = perceptual(sample, pixels) if perceptual is not None else torch.zeros_like(error)
             figures = [figure.double().sum() for figure in (psnr, ssim, lpips, error)]
             totals += torch.stack([*figures, totals.new_tensor(len(pixels))])

@@ -101,9 +101,9 @@ class VQGANModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        # transformers' own rule would redraw every weight from N(0, 0.02). PyTorch's per-layer defaults are what
-        # diffusers' blocks are meant to start from.
-        if isinstance(module, (nn.Conv2d, nn.Linear, nn.GroupNorm, Quantizer)):
+        # transformers' own rule would draw every weight from N(0, 0.02). Layers here start as they say themselves:
+        # PyTorch's fan-in scale, which diffusers' blocks are made for. Each module sets its direct parameters only.
+        if hasattr(module, "reset_parameters"):
             module.reset_parameters()
 
     @property
@@ -194,7 +194,9 @@ class VQGANModel(PreTrainedModel):
         model = VQModel(**{name: getattr(self.config, name) for name in shared})
         weights = {name: tensor for name, tensor in self.state_dict().items() if not name.startswith("quantize.")}
         model.load_state_dict(weights | {"quantize.embedding.weight": self.quantize.to_codebook()})
-        return model.to(device=self.device, dtype=self.dtype).train(self.training)
+        for parameter in model.parameters():  # Module.to would warn about layers to keep in float32; there are none
+            parameter.data = parameter.data.to(self.device, self.dtype)
+        return model.train(self.training)
 
     def _decode_quantized(self, quantized: Tensor) -> Tensor:
         # The spatial norms of MoVQ see the codes themselves beside the features.

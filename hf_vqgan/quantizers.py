@@ -26,7 +26,7 @@ class QuantizerOutput:
     Args:
         quantized (`Tensor` of shape `(B, D, h, w)`): The chosen codes, in the dtype of the latents.
         indices (`Tensor` of shape `(B, h, w)`, int64): Which code was chosen at each position.
-        losses (`dict[str, Tensor]`): Named, unweighted scalars in float32.
+        losses (`dict[str, Tensor]`): Named, unweighted scalars, in float32 or better.
 
     Also unpacks as diffusers' `VectorQuantizer` result, `quantized, loss, (perplexity, encodings, flat_indices)`.
     """
@@ -131,9 +131,6 @@ class Quantizer(nn.Module):
         self.num_codes = config.num_vq_embeddings
         self.embed_dim = config.vq_embed_dim
 
-    def reset_parameters(self) -> None:
-        """(Re)initialise weights and buffers; transformers calls it for whatever a checkpoint does not hold."""
-
     def forward(self, latents: Tensor) -> QuantizerOutput:
         raise NotImplementedError
 
@@ -156,6 +153,13 @@ class Quantizer(nn.Module):
         return latents.permute(0, 2, 3, 1).reshape(-1, self.embed_dim)
 
 
+class Codebook(nn.Embedding):
+    """K codes of dimension D, `weight` `(K, D)`, started as taming-transformers and diffusers do, at U(±1/K)."""
+
+    def reset_parameters(self) -> None:
+        nn.init.uniform_(self.weight, -1 / self.num_embeddings, 1 / self.num_embeddings)
+
+
 class VectorQuantizer(Quantizer):
     r"""
     A learned codebook (VQ-VAE, https://huggingface.co/papers/1711.00937): z is replaced by its nearest code e,
@@ -172,17 +176,15 @@ class VectorQuantizer(Quantizer):
 
     def __init__(self, config: VQGANConfig):
         super().__init__(config)
-        self.embedding = nn.Embedding(self.num_codes, self.embed_dim)
-
-    def reset_parameters(self) -> None:
-        nn.init.uniform_(self.embedding.weight, -1 / self.num_codes, 1 / self.num_codes)  # as taming and diffusers do
+        self.embedding = Codebook(self.num_codes, self.embed_dim)
 
     def forward(self, latents: Tensor) -> QuantizerOutput:
         vectors = self.flatten(latents)
         batch, _, height, width = latents.shape
         indices = nearest_code(vectors, self.embedding.weight).view(batch, height, width)
         codes = self.codes(indices)
-        z, e = latents.float(), codes.float()
+        precision = torch.promote_types(latents.dtype, torch.float32)
+        z, e = latents.to(precision), codes.to(precision)
         losses = {"commitment": F.mse_loss(z, e.detach()), "codebook": F.mse_loss(e, z.detach())}
         return QuantizerOutput(_StraightThrough.apply(latents, codes.to(latents.dtype)), indices, losses)
 

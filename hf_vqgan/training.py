@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from .configuration_vqgan import VQGANConfig
+from .configuration_vqgan import VQGANConfig, model_fields
 from .data import EpochBatchSampler, ImageTransform, TrainingImages, ValidationImages, load_image_datasets
 from .discriminators import PatchDiscriminator
 from .image_processing_vqgan import VQGANImageProcessor
@@ -338,14 +338,14 @@ def image_gradients(state: TrainState, sample: Tensor, pixels: Tensor, share: fl
     if not state.adversarial:
         return ImageGradients(terms, reconstruction, None, None)
 
-    fake_logits = state.discriminator(x_hat).float()
+    fake_logits = state.discriminator(x_hat)
     terms["adversarial"] = adversarial_loss(fake_logits, config.adversarial_loss)
     (adversarial,) = torch.autograd.grad(terms["adversarial"], x_hat, retain_graph=True)
     last_layer = None
     if config.adaptive_weight:
         weight = state.vqgan.last_layer
         last_layer = torch.stack([last_layer_gradient(sample, weight, g) for g in (reconstruction, adversarial)])
-    real_logits = state.discriminator(pixels).float()
+    real_logits = state.discriminator(pixels)
     disc_terms = discriminator_losses(real_logits, fake_logits, config.adversarial_loss)
     accelerator.backward(weighted_sum(disc_terms, dict.fromkeys(disc_terms, 0.5)) * share)
     terms = {name: term.detach() for name, term in (terms | disc_terms).items()}
@@ -456,10 +456,17 @@ def train(config: VQGANTrainingConfig, model_config: VQGANConfig, dry_run: bool 
             config, max_train_steps=max(1, config.num_train_epochs * len(dataset) // global_batch)
         )
     with accelerator.main_process_first():  # likewise for the LPIPS networks' weights
-        metric = LPIPS(config.validation_net)
+        given = config.perceptual_weights_path if config.validation_net == config.perceptual_net else None
+        metric = LPIPS(config.validation_net, given)
         perceptual = None
         if config.perceptual_weight:
             perceptual = LPIPS(config.perceptual_net, config.perceptual_weights_path, config.perceptual_upscale)
+    for network, flag in ((metric, "validation_net"), (perceptual, "perceptual_net")):
+        if network is not None and config.resolution < network.min_side:
+            raise ValueError(
+                f"resolution={config.resolution} is too small for LPIPS with {flag}={network.net!r}, which needs "
+                f"{network.min_side} pixels here. Raise --resolution, take `vgg`, or (in training) --perceptual_upscale."
+            )
     state = build_state(config, model_config, accelerator, perceptual)
     metric.to(accelerator.device)
 
@@ -534,7 +541,7 @@ def train(config: VQGANTrainingConfig, model_config: VQGANConfig, dry_run: bool 
             run.log(row)
             shown = ("l1", "perceptual", "adversarial", "perplexity", "usage")
             progress.set_postfix({name: f"{row[name]:.3g}" for name in shown if name in row})
-        if state.step % config.validation_steps == 0 or last:
+        if (state.step % config.validation_steps == 0 and quantizing) or last:
             metrics = validate(state, validation, metric)
             run.log({"step": state.step} | {f"validation_{name}": value for name, value in metrics.items()})
             metrics = run.write_report(state, metrics, validation, len(dataset))
@@ -677,8 +684,7 @@ class RunFolder:
         self.folder = Path(config.output_dir)
         not_identity = ("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "report_to", "cpu_threads")
         identity = {name: value for name, value in asdict(config).items() if name not in not_identity}
-        self.identity = identity | {"model": json.loads(model_config.to_json_string(use_diff=False))}
-        self.identity["model"].pop("transformers_version", None)
+        self.identity = identity | {name: getattr(model_config, name) for name in model_fields()}
 
     def open(self) -> Path | None:
         """
@@ -694,8 +700,7 @@ class RunFolder:
         self.accelerator.wait_for_everyone()
         settings = self.folder / CONFIG_FILE
         if settings.is_file():
-            there = yaml.safe_load(settings.read_text())
-            here = yaml.safe_load(yaml.safe_dump(self.identity))
+            there, here = yaml.safe_load(settings.read_text()), yaml.safe_load(self._identity_yaml())
             differing = [key for key in here.keys() | there.keys() if here.get(key) != there.get(key)]
             if differing and not config.resume_from_checkpoint:
                 raise FileExistsError(
@@ -710,9 +715,13 @@ class RunFolder:
         checkpoint = self._find_checkpoint()
         if main:
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_text(settings, yaml.safe_dump(self.identity, sort_keys=False))
+            write_text(settings, self._identity_yaml())
         self.accelerator.wait_for_everyone()
         return checkpoint
+
+    def _identity_yaml(self) -> str:
+        lists = {name: list(value) if isinstance(value, tuple) else value for name, value in self.identity.items()}
+        return yaml.safe_dump(lists, sort_keys=False)
 
     def checkpoints(self) -> list[Path]:
         """Checkpoint folders, oldest first."""
@@ -798,7 +807,7 @@ class RunFolder:
             "upscaled_images": state.upscaled,
             "measured_on": {
                 "psnr, ssim, lpips, l1, validation_*": f"{len(validation)} validation images of {config.dataset_name} "
-                f"({size}), pixels clamped to [-1, 1], data range 2, mean over images; LPIPS v0.1 {config.validation_net}",
+                f"({size}), pixels clamped and mapped to [0, 1], mean over images; LPIPS v0.1 {config.validation_net}",
                 "perplexity, usage": f"codes of the training crops of the last {report.window_steps} steps "
                 f"({report.positions:,} positions); usage is the share of codes hit at least once",
                 "seconds": "training loop with validation, without set-up",

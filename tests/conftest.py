@@ -1,0 +1,82 @@
+"""Shared fixtures: a model small enough for thousands of forward passes, and images of every awkward kind."""
+
+import os
+
+os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from hf_vqgan import VQGANConfig, VQGANModel
+from hf_vqgan.lpips_weights import NETWORKS
+
+TINY = dict(
+    block_out_channels=(8, 16),
+    layers_per_block=1,
+    norm_num_groups=4,
+    latent_channels=8,
+    vq_embed_dim=4,
+    num_vq_embeddings=16,
+    sample_size=16,
+)
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def tiny_config() -> VQGANConfig:
+    return VQGANConfig(**TINY)
+
+
+@pytest.fixture
+def tiny_model(tiny_config) -> VQGANModel:
+    model = VQGANModel(tiny_config).eval()
+    # Spread the codes: at U(±1/K) every latent of an untrained model has the same nearest code.
+    torch.nn.init.normal_(model.quantize.embedding.weight, std=0.5)
+    return model
+
+
+@pytest.fixture
+def pixels() -> torch.Tensor:
+    return torch.rand(2, 3, 16, 24) * 2 - 1
+
+
+def photo(seed: int, size: tuple[int, int] = (40, 32)) -> Image.Image:
+    """A smooth random colour image."""
+    rng = np.random.default_rng(seed)
+    coarse = Image.fromarray(rng.integers(0, 255, (5, 4, 3), dtype=np.uint8))
+    return coarse.resize(size, Image.Resampling.BICUBIC)
+
+
+@pytest.fixture
+def image_folder(tmp_path):
+    """An imagefolder with 12 training and 2 validation images."""
+    for split, count in (("train", 12), ("validation", 2)):
+        folder = tmp_path / "images" / split
+        folder.mkdir(parents=True)
+        for number in range(count):
+            photo(number + 100 * (split == "validation")).save(folder / f"{number:02d}.png")
+    return tmp_path / "images"
+
+
+@pytest.fixture(scope="session")
+def random_trunk(tmp_path_factory):
+    """Files with random LPIPS trunks, so that these tests need no network."""
+    folder = tmp_path_factory.mktemp("lpips")
+    for net, network in NETWORKS.items():
+        generator = torch.Generator().manual_seed(0)
+        shapes = network.build().state_dict()
+        weights = {
+            f"features.{name.split('.', 1)[1]}": torch.randn(tensor.shape, generator=generator)
+            * (0.1 if tensor.ndim == 1 else (2 / tensor[0].numel()) ** 0.5)
+            for name, tensor in shapes.items()
+        }
+        save_file(weights, folder / f"{net}.safetensors")
+    return folder

@@ -1,0 +1,55 @@
+import pytest
+from huggingface_hub.errors import StrictDataclassError
+
+from hf_vqgan import VQGANConfig, VQGANModel
+from hf_vqgan.configuration_vqgan import model_fields
+
+
+def test_round_trip(tmp_path, tiny_config):
+    tiny_config.save_pretrained(tmp_path)
+    assert VQGANConfig.from_pretrained(tmp_path).to_dict() == tiny_config.to_dict()
+
+
+def test_misspelt_field_is_reported_with_the_right_name():
+    with pytest.raises(ValueError, match="num_vq_embedings.*did you mean 'num_vq_embeddings'"):
+        VQGANConfig(num_vq_embedings=3)
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"block_out_channels": (32, 48), "norm_num_groups": 32}, r"norm_num_groups=32 does not divide.*\[48\]"),
+        ({"num_vq_embeddings": 0}, "num_vq_embeddings=0 must be at least 1"),
+        ({"norm_type": "batch"}, "norm_type='batch'"),
+        ({"down_block_types": ("DownEncoderBlock2D",)}, "down_block_types has 1 entries"),
+        ({"norm_type": "spatial", "vq_embed_dim": 8, "latent_channels": 16}, "vq_embed_dim=8 must.*latent_channels=16"),
+    ],
+)
+def test_contradictions_are_named(fields, message):
+    with pytest.raises(ValueError, match=message):
+        VQGANConfig(**fields)
+
+
+def test_wrong_type_is_named():
+    with pytest.raises(StrictDataclassError, match="num_vq_embeddings.*expected int"):
+        VQGANConfig(num_vq_embeddings="many")
+
+
+def test_every_field_is_read(tiny_config, pixels):
+    """A field that neither the model, nor the trainer, nor the exported diffusers model reads is a lie."""
+    read = set()
+
+    class Watched(VQGANConfig):
+        def __getattribute__(self, name):
+            read.add(name)
+            return super().__getattribute__(name)
+
+    values = {name: getattr(tiny_config, name) for name in model_fields()}
+    config = Watched(**values)
+    read.clear()
+    model = VQGANModel(config)
+    model(pixels)
+    exported = set(model.to_diffusers().config)
+    # Read by diffusers' pipelines from `vae.config`, and by the trainer for each loss of the quantizer.
+    by_others = {"shift_factor"} | {f"{loss}_weight" for loss in model.quantize.loss_names}
+    assert set(model_fields()) <= read | exported | by_others

@@ -1,0 +1,66 @@
+import math
+
+import pytest
+import torch
+from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
+
+from hf_vqgan.metrics import CodebookHealth, evaluate_reconstruction, perplexity
+
+
+def test_perplexity_closed_forms():
+    assert perplexity(torch.zeros(8)) == 0
+    assert perplexity(torch.tensor([0, 5, 0])) == 1
+    assert perplexity(torch.full((8,), 3)) == pytest.approx(8)
+    p = torch.tensor([0.5, 0.25, 0.25], dtype=torch.float64)
+    assert perplexity(torch.tensor([2, 1, 1])) == pytest.approx(math.exp(-(p * p.log()).sum()))
+
+
+def test_health_counts_the_window_only():
+    health = CodebookHealth(num_codes=6, window=2)
+    for step in ([0, 0, 1], [2, 2, 2], [2, 3, 3]):
+        health.update(torch.tensor(step))
+    assert health.counts.tolist() == [0, 0, 4, 2, 0, 0]
+    assert health.age.tolist() == [2, 2, 0, 0, 3, 3]  # 4 and 5 were never hit
+    report = health.report()
+    assert (report.usage, report.dead_codes, report.oldest_code) == (pytest.approx(2 / 6), 4, 3)
+    assert (report.window_steps, report.positions) == (2, 6)
+    assert report.top_code_share == pytest.approx(4 / 6)
+    assert report.perplexity == pytest.approx(perplexity(torch.tensor([4, 2])))
+
+
+def test_health_state_survives_a_checkpoint(tmp_path):
+    health, restored = CodebookHealth(6, 2), CodebookHealth(6, 2)
+    for step in ([0, 1], [2, 2]):
+        health.update(torch.tensor(step))
+    torch.save(health.state_dict(), tmp_path / "state.pt")
+    restored.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    for each in (health, restored):
+        each.update(torch.tensor([5, 5]))
+    assert restored.report() == health.report()
+
+
+def test_empty_health_and_bad_window():
+    assert CodebookHealth(4).report().perplexity == 0
+    with pytest.raises(ValueError, match="window=0"):
+        CodebookHealth(4, 0)
+
+
+def test_reconstruction_figures_are_torchmetrics(tiny_model):
+    """Per image, then averaged: the same for any batch size, and equal to the reference on [0, 1] images."""
+    images = torch.rand(6, 3, 32, 32) * 2 - 1
+    reports = [evaluate_reconstruction(tiny_model, images.split(size)) for size in (1, 4, 6)]
+    assert reports[0].as_dict() == pytest.approx(reports[1].as_dict())
+    assert reports[0].as_dict() == pytest.approx(reports[2].as_dict())
+    with torch.no_grad():
+        sample = tiny_model(images).sample.clamp(-1, 1) / 2 + 0.5
+    psnr = PeakSignalNoiseRatio(data_range=1.0, dim=(1, 2, 3), reduction="elementwise_mean")
+    assert reports[0].psnr == pytest.approx(float(psnr(sample, images / 2 + 0.5)), abs=1e-4)
+    ssim = StructuralSimilarityIndexMeasure(data_range=1.0)
+    assert reports[0].ssim == pytest.approx(float(ssim(sample, images / 2 + 0.5)), abs=1e-4)
+    assert reports[0].num_images == 6 and "lpips" not in reports[0].as_dict()
+
+
+def test_nothing_to_evaluate(tiny_model):
+    with pytest.raises(ValueError, match="no images"):
+        evaluate_reconstruction(tiny_model, [])
+    assert not tiny_model.training
