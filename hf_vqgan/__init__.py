@@ -21,9 +21,7 @@ __all__ = [
 
 AutoConfig.register("vqgan", VQGANConfig, exist_ok=True)
 AutoModel.register(VQGANConfig, VQGANModel, exist_ok=True)
-AutoImageProcessor.register(
-    VQGANConfig, image_processor_classes={"torchvision": VQGANImageProcessor}, exist_ok=True
-)
+AutoImageProcessor.register(VQGANConfig, image_processor_classes={"torchvision": VQGANImageProcessor}, exist_ok=True)
 
 # diffusers loads a pipeline's components only through libraries on this list. It is not public API, so its absence
 # costs the pipelines that name hf_vqgan, not the import of this package.

@@ -3,8 +3,8 @@
 import difflib
 import sys
 from collections.abc import Sequence
-from dataclasses import fields, make_dataclass
 from dataclasses import field as dataclass_field
+from dataclasses import fields, make_dataclass
 from pathlib import Path
 
 import yaml
@@ -26,9 +26,7 @@ def _model_arguments() -> type:
             item = str if "str" in kind else float if "float" in kind else int
             flag_type = list[item] if "list" in kind else bool if config_field.type is bool else item
             help = f"Model: see VQGANConfig. Default: {config_field.default}."
-            flags.append(
-                (config_field.name, flag_type | None, dataclass_field(default=None, metadata={"help": help}))
-            )
+            flags.append((config_field.name, flag_type | None, dataclass_field(default=None, metadata={"help": help})))
     return make_dataclass("ModelArguments", flags)
 
 

@@ -1,6 +1,7 @@
 """Configuration of a VQ-GAN: what is needed to rebuild the model, and nothing about how it was trained."""
 
 import difflib
+import math
 from dataclasses import fields
 
 from huggingface_hub.dataclasses import strict
@@ -57,8 +58,22 @@ class VQGANConfig(PreTrainedConfig):
             Weight β of the commitment term |z - sg(e)|², which pulls the encoder towards its codes
             (eq. 3 of https://huggingface.co/papers/1711.00937). Applied by the trainer, never by the quantizer.
         codebook_weight (`float`, defaults to 1.0): Weight of the codebook term |sg(z) - e|², which pulls codes to data.
+        codebook_l2_norm (`bool`, defaults to `False`): Compare latents and codes on the unit sphere.
+        rotation_trick (`bool`, defaults to `False`): Rotate the gradient from code to latent instead of copying it.
+        entropy_weight (`float`, defaults to 0.0):
+            Weight of the entropy loss E[H(p)] - H(E[p]). 0 means that codebook quantizers do not compute it.
+        entropy_temperature (`float`, defaults to 0.01): Temperature τ of p ∝ exp(-|z - e|² / τ) in that loss.
+        perturbation_share (`float`, defaults to 0.0): Share of the choices that training replaces by a near code.
+        perturbation_neighbours (`int`, defaults to 8): Among how many nearest codes it then draws.
+        ema_decay (`float`, defaults to 0.99): Decay γ of the moving averages of `vq_ema`.
+        kl_weight (`float`, defaults to 5e-4): Weight of the `gumbel` quantizer's KL term.
+        gumbel_temperature (`float`, defaults to 1.0): Temperature of the `gumbel` quantizer's soft choice.
+        fsq_levels (`list[int]`, *optional*): Levels per dimension of `fsq`; they set `num_vq_embeddings` and
+            `vq_embed_dim`. The paper advises `[8, 6, 5]`, `[8, 5, 5, 5]`, `[7, 5, 5, 5, 5]`, `[8, 8, 8, 5, 5, 5]`.
+        num_codebooks (`int`, defaults to 1): Codes per position of `residual` and `grouped`.
+        base_quantizer (`str`, defaults to `"vq"`): The quantizer of each codebook of `residual` and `grouped`.
         scaling_factor (`float`, defaults to 1.0):
-            Factor that gives the latents unit variance; diffusion models see `(latents - shift_factor) * scaling_factor`.
+            Gives the latents unit variance: diffusion models see `(latents - shift_factor) * scaling_factor`.
         shift_factor (`float`, defaults to 0.0): See `scaling_factor`.
         force_upcast (`bool`, defaults to `False`): diffusers pipelines decode in float32 if set.
         lookup_from_codebook (`bool`, defaults to `True`): Passed on to `diffusers.VQModel` by `to_diffusers()`.
@@ -86,6 +101,18 @@ class VQGANConfig(PreTrainedConfig):
     vq_embed_dim: int | None = 8
     commitment_weight: float | int = 0.25
     codebook_weight: float | int = 1.0
+    codebook_l2_norm: bool = False
+    rotation_trick: bool = False
+    entropy_weight: float | int = 0.0
+    entropy_temperature: float | int = 0.01
+    perturbation_share: float | int = 0.0
+    perturbation_neighbours: int = 8
+    ema_decay: float | int = 0.99
+    kl_weight: float | int = 5e-4
+    gumbel_temperature: float | int = 1.0
+    fsq_levels: list[int] | tuple[int, ...] | None = None
+    num_codebooks: int = 1
+    base_quantizer: str = "vq"
     scaling_factor: float | int = 1.0
     shift_factor: float | int = 0.0
     force_upcast: bool = False
@@ -95,9 +122,13 @@ class VQGANConfig(PreTrainedConfig):
         unknown = [key for key in kwargs if not key.startswith("_") and key not in LIBRARY_KEYS]
         if unknown:
             known = [field.name for field in fields(self)]
-            hints = [f"{key!r}" + "".join(f" (did you mean {m!r}?)" for m in difflib.get_close_matches(key, known, 1))
-                     for key in unknown]
-            raise ValueError(f"VQGANConfig has no field {', '.join(hints)}. Its fields are: {', '.join(model_fields())}.")
+            hints = [
+                f"{key!r}" + "".join(f" (did you mean {m!r}?)" for m in difflib.get_close_matches(key, known, 1))
+                for key in unknown
+            ]
+            raise ValueError(
+                f"VQGANConfig has no field {', '.join(hints)}. Its fields are: {', '.join(model_fields())}."
+            )
 
         # Tuples, so that a config built in Python equals the same config read back from JSON.
         self.block_out_channels = tuple(self.block_out_channels)
@@ -110,6 +141,9 @@ class VQGANConfig(PreTrainedConfig):
         self.up_block_types = tuple(self.up_block_types)
         if self.vq_embed_dim is None:
             self.vq_embed_dim = self.latent_channels
+        if self.quantizer == "fsq" and self.fsq_levels:
+            self.fsq_levels = tuple(self.fsq_levels)
+            self.num_vq_embeddings, self.vq_embed_dim = math.prod(self.fsq_levels), len(self.fsq_levels)
         self._check_values()
         super().__post_init__(**kwargs)
 
@@ -126,8 +160,15 @@ class VQGANConfig(PreTrainedConfig):
                 f"norm_num_groups={self.norm_num_groups} does not divide the channel count(s) {bad} in "
                 f"block_out_channels={self.block_out_channels}. Set norm_num_groups to a common divisor."
             )
-        for name in ("in_channels", "out_channels", "sample_size", "layers_per_block", "latent_channels",
-                     "num_vq_embeddings", "vq_embed_dim"):
+        for name in (
+            "in_channels",
+            "out_channels",
+            "sample_size",
+            "layers_per_block",
+            "latent_channels",
+            "num_vq_embeddings",
+            "vq_embed_dim",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
         if self.norm_type not in ("group", "spatial"):
@@ -137,6 +178,40 @@ class VQGANConfig(PreTrainedConfig):
                 f"norm_type='spatial' feeds the codes to the decoder's norms, so vq_embed_dim={self.vq_embed_dim} must "
                 f"equal latent_channels={self.latent_channels}."
             )
+        self._check_quantizer()
+
+    def _check_quantizer(self):
+        kind, codes, dim = self.quantizer, self.num_vq_embeddings, self.vq_embed_dim
+        composite = kind in ("residual", "grouped")
+        if composite != (self.num_codebooks > 1):
+            raise ValueError(
+                f"num_codebooks={self.num_codebooks} does not go with quantizer={kind!r}: 'residual' and 'grouped' "
+                "need 2 or more, all others have 1."
+            )
+        if kind == "fsq" and (not self.fsq_levels or min(self.fsq_levels) < 2):
+            raise ValueError(
+                f"fsq_levels={self.fsq_levels}: quantizer='fsq' needs levels of 2 or more, e.g. [8, 5, 5, 5]."
+            )
+        if kind in ("lfq", "bsq") and codes != 2**dim:
+            raise ValueError(
+                f"quantizer={kind!r} has one bit per dimension: num_vq_embeddings={codes} must be 2**vq_embed_dim, and "
+                f"vq_embed_dim is {dim}."
+            )
+        if kind == "grouped" and dim % self.num_codebooks:
+            raise ValueError(f"vq_embed_dim={dim} is not a multiple of num_codebooks={self.num_codebooks}.")
+        allowed = ("vq", "vq_ema", "simvq")
+        if composite and self.base_quantizer not in allowed:
+            raise ValueError(f"base_quantizer={self.base_quantizer!r} must be one of {', '.join(map(repr, allowed))}.")
+        if kind == "residual" and self.codebook_l2_norm:
+            raise ValueError(
+                "codebook_l2_norm=True: unit codes cannot shrink a residual. Use 'grouped', or turn it off."
+            )
+        for name, low, high in (("ema_decay", 0, 1), ("perturbation_share", 0, 1)):
+            if not low <= getattr(self, name) <= high:
+                raise ValueError(f"{name}={getattr(self, name)} must be in [{low}, {high}].")
+        for name in ("entropy_temperature", "gumbel_temperature"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be positive.")
 
     @property
     def downsample_factor(self) -> int:

@@ -172,7 +172,9 @@ class ImageTransform:
         if self.resize is None:
             self.resize = self.resolution
         if 0 < self.resize < self.resolution:
-            raise ValueError(f"resize={self.resize} is smaller than resolution={self.resolution}: nothing to crop from.")
+            raise ValueError(
+                f"resize={self.resize} is smaller than resolution={self.resolution}: nothing to crop from."
+            )
 
     def scale(self, image: Image.Image) -> Tensor:
         """RGB image to uint8 `(3, H, W)`, H and W at least `resolution`."""

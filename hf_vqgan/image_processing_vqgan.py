@@ -79,7 +79,8 @@ class VQGANImageProcessor(TorchvisionBackend):
         """
         Args:
             sample (`Tensor` of shape `(B, 3, H, W)`): Pixels in about [-1, 1]; clamped.
-            output_type (`str`): `"pil"`: list of images; `"np"`: `(B, H, W, 3)` in [0, 1]; `"pt"`: `(B, 3, H, W)` in [0, 1].
+            output_type (`str`):
+                `"pil"`: list of images; `"np"`: `(B, H, W, 3)` in [0, 1]; `"pt"`: `(B, 3, H, W)` in [0, 1].
         """
         pixels = (sample.detach().float() * 0.5 + 0.5).clamp(0, 1)
         if output_type == "pt":
@@ -99,5 +100,7 @@ def crop_to_multiple(pixels: Tensor, divisor: int) -> Tensor:
     """
     height, width = (side // divisor * divisor for side in pixels.shape[-2:])
     if not (height and width):
-        raise ValueError(f"image of {pixels.shape[-2]}x{pixels.shape[-1]} pixels is smaller than size_divisor={divisor}.")
+        raise ValueError(
+            f"image of {pixels.shape[-2]}x{pixels.shape[-1]} pixels is smaller than size_divisor={divisor}."
+        )
     return tvF.center_crop(pixels, [height, width])

@@ -2,7 +2,7 @@
 
 x is the image, x̂ its reconstruction, both in [-1, 1].
 
-    L1            counts pixels: |x̂ - x|. Safe, and blurry: where it cannot know a detail, the median colour costs least.
+    L1            counts pixels: |x̂ - x|. Safe, and blurry: where a detail is unknown, its median colour costs least.
     perceptual    compares features of a pretrained network (LPIPS): edges and textures have to be there.
     adversarial   a discriminator trained alongside: it keeps pace with the decoder and finds what gives it away.
 
@@ -162,5 +162,3 @@ def ramp(step: int, start: int, length: int) -> float:
     if step < start:
         return 0.0
     return 1.0 if length == 0 else min(1.0, (step - start) / length)
-
-

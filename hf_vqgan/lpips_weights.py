@@ -112,7 +112,7 @@ def load_trunk_weights(net: str, path: str | None = None) -> dict[str, Tensor]:
     raise FileNotFoundError(
         f"The {network.torchvision_name} weights of the perceptual loss (net={net!r}) could not be had:\n"
         + "\n".join(failures)
-        + f"\nOn a machine with internet access, run `python -c \"import torchvision; "
+        + f'\nOn a machine with internet access, run `python -c "import torchvision; '
         f"torchvision.models.{network.torchvision_name}(weights='IMAGENET1K_V1')\"`, copy the file it names here, and "
         "pass its path (--perceptual_weights_path). Or train without this loss: --perceptual_weight 0."
     )

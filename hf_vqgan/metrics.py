@@ -22,6 +22,18 @@ def perplexity(counts: Tensor) -> float:
     return float(torch.exp(-(p * p.log()).sum()))
 
 
+def mean_perplexity(counts: Tensor, num_codebooks: int) -> float:
+    """Mean over codebooks of the perplexity of each one's histogram; `counts` is `(n*K,)`."""
+    return sum(perplexity(own) for own in counts.view(num_codebooks, -1)) / num_codebooks
+
+
+def number_codes(indices: Tensor, num_codes: int, num_codebooks: int) -> Tensor:
+    """Indices `(..., n)` of n codebooks as numbers in [0, n*K), flat; with one codebook, `indices` flattened."""
+    if num_codebooks > 1:
+        indices = indices + num_codes * torch.arange(num_codebooks, device=indices.device)
+    return indices.flatten()
+
+
 def gather_rows(rows: Tensor) -> Tensor:
     """`(N, ...)` of every process, in the order of ranks: `(processes * N, ...)`. N must be the same everywhere."""
     if not (dist.is_available() and dist.is_initialized()):  # asked at each call: a process group may come later
@@ -37,13 +49,13 @@ class CodebookReport:
     State of a codebook over a window of steps, over all processes.
 
     Args:
-        perplexity (`float`): exp(entropy) of the histogram of codes, in [1, K].
+        perplexity (`float`): exp(entropy) of the histogram of codes, in [1, K]; with several codebooks, their mean.
         usage (`float`): Share of codes hit at least once in the window, in [0, 1].
         dead_codes (`int`): Codes not hit in the window.
-        top_code_share (`float`): Share of all positions that the most used code holds, in [0, 1].
+        top_code_share (`float`): Share of its codebook's positions that the most used code holds, in [0, 1].
         oldest_code (`int`): Steps since the longest unused code was hit.
         window_steps (`int`): Steps in the window so far.
-        positions (`int`): Latent positions counted in the window, i.e. the sum of the histogram.
+        positions (`int`): Latent positions counted in the window.
     """
 
     perplexity: float
@@ -63,33 +75,34 @@ class CodebookHealth:
     the same numbers.
 
     Args:
-        num_codes (`int`): K.
+        num_codes (`int`): K, codes per codebook.
+        num_codebooks (`int`): n, codes per latent position.
         window (`int`): How many updates (training steps) count.
     """
 
-    def __init__(self, num_codes: int, window: int = 100):
+    def __init__(self, num_codes: int, num_codebooks: int = 1, window: int = 100):
         if window < 1:
             raise ValueError(f"window={window} must be at least 1 step.")
-        self.num_codes = num_codes
+        self.num_codes, self.num_codebooks = num_codes, num_codebooks
         self.window = window
         self.recent: deque[Tensor] = deque()
-        self.counts = torch.zeros(num_codes, dtype=torch.int64)
-        self.age = torch.zeros(num_codes, dtype=torch.int64)  # steps since each code was last hit
+        self.counts = torch.zeros(num_codebooks * num_codes, dtype=torch.int64)
+        self.age = torch.zeros_like(self.counts)  # steps since each code was last hit
 
     def update(self, indices: Tensor) -> None:
-        """Count one step's `indices` (any shape, int64); call it on every process, with equal shapes."""
-        indices = gather_rows(indices.detach().flatten()).cpu()
-        hits = torch.bincount(indices, minlength=self.num_codes)
+        """Count one step's `indices`, `(B, h, w)` or `(B, h, w, n)`; call it on every process, with equal shapes."""
+        indices = number_codes(gather_rows(indices.detach()), self.num_codes, self.num_codebooks).cpu()
+        hits = torch.bincount(indices, minlength=len(self.counts))
         self.counts += hits
         self.age.add_(1)[hits > 0] = 0
         self.recent.append(indices.to(torch.int32))
         if len(self.recent) > self.window:
-            self.counts -= torch.bincount(self.recent.popleft(), minlength=self.num_codes)
+            self.counts -= torch.bincount(self.recent.popleft(), minlength=len(self.counts))
 
     def report(self) -> CodebookReport:
-        total = int(self.counts.sum())
+        total = int(self.counts.sum()) // self.num_codebooks
         return CodebookReport(
-            perplexity=perplexity(self.counts),
+            perplexity=mean_perplexity(self.counts, self.num_codebooks),
             usage=float((self.counts > 0).float().mean()),
             dead_codes=int((self.counts == 0).sum()),
             top_code_share=float(self.counts.max()) / max(total, 1),
@@ -146,7 +159,8 @@ def evaluate_reconstruction(
     """
     device = model.device
     totals = torch.zeros(5, dtype=torch.float64, device=device)  # psnr, ssim, lpips, l1, count
-    counts = torch.zeros(model.quantize.num_codes, dtype=torch.int64, device=device)
+    codes, codebooks = model.quantize.num_codes, model.quantize.num_codebooks
+    counts = torch.zeros(codebooks * codes, dtype=torch.int64, device=device)
     training = model.training
     model.eval()
     try:
@@ -161,7 +175,7 @@ def evaluate_reconstruction(
             lpips = perceptual(sample, pixels) if perceptual is not None else torch.zeros_like(error)
             figures = [figure.double().sum() for figure in (psnr, ssim, lpips, error)]
             totals += torch.stack([*figures, totals.new_tensor(len(pixels))])
-            counts += torch.bincount(output.indices.flatten(), minlength=len(counts))
+            counts += torch.bincount(number_codes(output.indices, codes, codebooks), minlength=len(counts))
     finally:
         model.train(training)
     if dist.is_available() and dist.is_initialized():
@@ -176,7 +190,7 @@ def evaluate_reconstruction(
         ssim=ssim,
         lpips=lpips if perceptual is not None else None,
         l1=error,
-        perplexity=perplexity(counts),
+        perplexity=mean_perplexity(counts, codebooks),
         usage=float((counts > 0).float().mean()),
         num_images=int(number),
     )

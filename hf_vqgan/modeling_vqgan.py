@@ -38,7 +38,7 @@ class VQGANOutput(ModelOutput):
     Args:
         sample (`Tensor` of shape `(B, C, H, W)`): Reconstruction, about [-1, 1] (not clamped).
         latents (`Tensor` of shape `(B, D, h, w)`): Continuous latents, before quantization.
-        indices (`Tensor` of shape `(B, h, w)`, int64): Chosen codes.
+        indices (`Tensor` of shape `(B, h, w)`, int64): Chosen codes; `(B, h, w, n)` with n codes per position.
         losses (`dict[str, Tensor]`): The quantizer's named, unweighted losses.
     """
 
@@ -66,8 +66,14 @@ class VQGANModel(PreTrainedModel):
     main_input_name = "pixel_values"
     input_modalities = ("image",)
     supports_gradient_checkpointing = True
-    _no_split_modules = ["DownEncoderBlock2D", "AttnDownEncoderBlock2D", "UNetMidBlock2D", "UpDecoderBlock2D",
-                         "AttnUpDecoderBlock2D"]
+    _keep_in_fp32_modules_strict = ["cluster_size", "embed_avg"]  # moving averages of `vq_ema`
+    _no_split_modules = [
+        "DownEncoderBlock2D",
+        "AttnDownEncoderBlock2D",
+        "UNetMidBlock2D",
+        "UpDecoderBlock2D",
+        "AttnUpDecoderBlock2D",
+    ]
 
     def __init__(self, config: VQGANConfig):
         super().__init__(config)
@@ -148,7 +154,8 @@ class VQGANModel(PreTrainedModel):
             `DecoderOutput` with `sample` `(B, C, h*f, w*f)`, about [-1, 1].
         """
         if not z.is_floating_point():
-            quantized = self._look_up(z if shape is None else z.reshape(shape[:3]))
+            per_position = z.shape[3:] if self.quantize.num_codebooks == 1 else (self.quantize.num_codebooks,)
+            quantized = self._look_up(z if shape is None else z.reshape(*shape[:3], *per_position))
         else:
             z = z.to(self.dtype)
             quantized = z if force_not_quantize else self.quantize(z).quantized
@@ -156,11 +163,11 @@ class VQGANModel(PreTrainedModel):
         return DecoderOutput(sample=sample) if return_dict else (sample,)
 
     def encode_indices(self, pixel_values: Tensor) -> Tensor:
-        """Images `(B, C, H, W)` in [-1, 1] to codes `(B, H/f, W/f)`, int64."""
+        """Images `(B, C, H, W)` in [-1, 1] to codes `(B, H/f, W/f)`, or `(B, H/f, W/f, n)`, int64."""
         return self.quantize(self.encode(pixel_values).latents).indices
 
     def decode_indices(self, indices: Tensor, return_dict: bool = True) -> DecoderOutput | tuple[Tensor]:
-        """Codes `(B, h, w)`, any integer dtype, to images `(B, C, h*f, w*f)`, about [-1, 1]."""
+        """Codes as `encode_indices` gives them, any integer dtype, to images `(B, C, h*f, w*f)`, about [-1, 1]."""
         return self.decode(indices, return_dict=return_dict)
 
     def forward(
@@ -185,7 +192,8 @@ class VQGANModel(PreTrainedModel):
         Raises:
             ValueError: if the quantizer is not nearest-code lookup in a plain codebook.
         """
-        if not hasattr(self.quantize, "to_codebook"):
+        codebook = self.quantize.to_codebook()
+        if codebook is None:
             raise ValueError(
                 f"quantizer={self.config.quantizer!r} is not a plain codebook with nearest-code lookup, which is all "
                 "that diffusers.VQModel can hold. Use VQGANModel itself as the pipeline's autoencoder."
@@ -193,23 +201,25 @@ class VQGANModel(PreTrainedModel):
         shared = VQModel._get_init_keys(VQModel) - {"self"}
         model = VQModel(**{name: getattr(self.config, name) for name in shared})
         weights = {name: tensor for name, tensor in self.state_dict().items() if not name.startswith("quantize.")}
-        model.load_state_dict(weights | {"quantize.embedding.weight": self.quantize.to_codebook()})
+        model.load_state_dict(weights | {"quantize.embedding.weight": codebook})
         for parameter in model.parameters():  # Module.to would warn about layers to keep in float32; there are none
             parameter.data = parameter.data.to(self.device, self.dtype)
         return model.train(self.training)
 
     def _decode_quantized(self, quantized: Tensor) -> Tensor:
         # The spatial norms of MoVQ see the codes themselves beside the features.
-        return self.decoder(
-            self.post_quant_conv(quantized), quantized if self.config.norm_type == "spatial" else None
-        )
+        return self.decoder(self.post_quant_conv(quantized), quantized if self.config.norm_type == "spatial" else None)
 
     def _look_up(self, indices: Tensor) -> Tensor:
-        if indices.ndim != 3:
-            raise ValueError(f"indices of shape {tuple(indices.shape)}: expected (B, h, w).")
+        several = self.quantize.num_codebooks > 1
+        expected = f"(B, h, w, {self.quantize.num_codebooks})" if several else "(B, h, w)"
+        if indices.ndim != 3 + several or (several and indices.shape[3] != self.quantize.num_codebooks):
+            raise ValueError(f"indices of shape {tuple(indices.shape)}: expected {expected}.")
         low, high = (int(bound) for bound in indices.aminmax())
         if low < 0 or high >= self.quantize.num_codes:
-            raise ValueError(f"indices span [{low}, {high}] but the codebook has codes 0 to {self.quantize.num_codes - 1}.")
+            raise ValueError(
+                f"indices span [{low}, {high}] but the codebook has codes 0 to {self.quantize.num_codes - 1}."
+            )
         return self.quantize.codes(indices.long()).to(self.dtype)
 
     def _check_pixels(self, pixel_values: Tensor) -> None:

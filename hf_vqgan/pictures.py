@@ -1,4 +1,4 @@
-"""Pictures that a run is judged by: reconstructions beside their originals and code maps, and curves of every figure."""
+"""Pictures that a run is judged by: reconstructions beside originals and code maps, and curves of every figure."""
 
 import io
 
@@ -16,11 +16,14 @@ from .modeling_vqgan import VQGANModel
 
 def code_colours(model: VQGANModel) -> Tensor:
     """
-    One RGB colour in [-1, 1] per code, `(K, 3)`: its coordinates along the codebook's three principal axes, ranked, so
-    that similar codes look alike and every shade is used.
+    One RGB colour in [-1, 1] per code of the first codebook, `(K, 3)`: its coordinates along the codebook's three
+    principal axes, ranked, so that similar codes look alike and every shade is used.
     """
-    indices = torch.arange(model.quantize.num_codes, device=model.device)
-    codes = model.quantize.codes(indices[None, None]).detach()[0, :, 0].T.float()  # (K, D)
+    quantizer = model.quantize
+    indices = torch.arange(quantizer.num_codes, device=model.device)
+    if quantizer.num_codebooks > 1:
+        indices = F.pad(indices[:, None], (0, quantizer.num_codebooks - 1))
+    codes = quantizer.code_vectors(indices).detach().float()  # (K, D)
     axes = torch.linalg.svd(codes - codes.mean(dim=0), full_matrices=False).Vh[:3]
     coordinates = F.pad(codes @ axes.T, (0, 3 - len(axes)))
     ranks = coordinates.argsort(dim=0).argsort(dim=0)
@@ -36,7 +39,9 @@ def draw_reconstructions(model: VQGANModel, images: list[Tensor]) -> Image.Image
     rows = []
     for pixels in images:
         output = model(pixels[None].to(model.device))
-        codes = colours[output.indices].permute(0, 3, 1, 2)
+        codes = colours[output.indices if model.quantize.num_codebooks == 1 else output.indices[..., 0]].permute(
+            0, 3, 1, 2
+        )
         code_map = F.interpolate(codes, size=pixels.shape[1:], mode="nearest")
         rows.append(torch.cat([pixels[None], output.sample.float().cpu(), code_map.cpu()]).clamp(-1, 1) / 2 + 0.5)
     model.train(training)

@@ -1,21 +1,25 @@
 """Vector quantizers: continuous latents in, codes and their indices out.
 
-Shapes: B images, D numbers per code, h x w latent positions, K codes, N = B*h*w vectors.
+Shapes: B images, D numbers per code, h x w latent positions, N = B*h*w vectors, K codes per codebook, n codebooks.
 
 Every quantizer keeps four promises, which the test suite checks on each entry of `QUANTIZERS`:
-1. `forward` is a function of its input: it changes no weight and no buffer, in training or not. What training has to
-   change besides gradients is done by methods that the trainer calls by name (`initialize_codebook`, `restart_codes`).
+1. `forward` changes no weight and no buffer, in training or not. What training has to change besides gradients is done
+   by methods that the trainer calls by name: `initialize_codebook`, `update_codebook`, `restart_codes`.
 2. `quantized` equals `codes(indices)` to the last bit: what the decoder sees in training is what it sees later from
    stored indices.
-3. Codes are chosen in float32, whatever the dtype of the model. In bfloat16 a quarter of all choices can be wrong.
+3. Codes are chosen in float32 or better, whatever the dtype of the model. In bfloat16 up to all choices are wrong.
 4. Losses are named and unweighted; `loss_names` says in advance which there are.
 """
 
+import copy
+import math
 from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import initialization as init
 
 from .configuration_vqgan import VQGANConfig
 
@@ -25,7 +29,7 @@ class QuantizerOutput:
     """
     Args:
         quantized (`Tensor` of shape `(B, D, h, w)`): The chosen codes, in the dtype of the latents.
-        indices (`Tensor` of shape `(B, h, w)`, int64): Which code was chosen at each position.
+        indices (`Tensor` of shape `(B, h, w)`, or `(B, h, w, n)` with n codebooks, int64): The chosen codes' numbers.
         losses (`dict[str, Tensor]`): Named, unweighted scalars, in float32 or better.
 
     Also unpacks as diffusers' `VectorQuantizer` result, `quantized, loss, (perplexity, encodings, flat_indices)`.
@@ -74,9 +78,29 @@ def nearest_code(vectors: Tensor, codebook: Tensor, tile: int = 1024) -> Tensor:
     return indices
 
 
+def kmeans_plus_plus(points: Tensor, num_clusters: int, generator: torch.Generator | None = None) -> Tensor:
+    """
+    Starting centres drawn one by one, each with probability proportional to its squared distance from those before
+    (Arthur & Vassilvitskii 2007). `(N, D)` to `(K, D)`; needs K <= N.
+    """
+    chosen = torch.empty(num_clusters, dtype=torch.int64)
+    chosen[0] = torch.randint(len(points), (), generator=generator)
+    distance = torch.full((len(points),), torch.inf, device=points.device)
+    for number in range(1, num_clusters):
+        distance = torch.minimum(distance, (points - points[chosen[number - 1]]).square().sum(dim=1))
+        # Inverse transform sampling: multinomial is limited to 2^24 points and slower.
+        mass = distance.double().cumsum(dim=0)
+        target = torch.rand((), generator=generator, dtype=torch.float64) * mass[-1].cpu()
+        chosen[number] = torch.searchsorted(mass, target.to(mass.device)).clamp_(max=len(points) - 1)
+    return points[chosen.to(points.device)]
+
+
 def kmeans(points: Tensor, num_clusters: int, iterations: int = 10, generator: torch.Generator | None = None) -> Tensor:
     """
-    Lloyd's algorithm from a random subset of the points; a cluster that loses all its points restarts at a random one.
+    Lloyd's algorithm; a cluster that loses all its points restarts at a random one.
+
+    Starts from k-means++ up to 2048 clusters, from a random subset of the points above, where drawing one by one would
+    take longer than the iterations that make up for it.
 
     Args:
         points (`Tensor` of shape `(N, D)`): With N < K, points are repeated with a little noise.
@@ -96,35 +120,118 @@ def kmeans(points: Tensor, num_clusters: int, iterations: int = 10, generator: t
             chosen = torch.cat([chosen, points[rest] + 0.01 * points.std(dim=0, correction=0) * noise])
         return chosen
 
-    centers = sample(num_clusters)
+    one_by_one = num_clusters <= min(2048, len(points))
+    centers = kmeans_plus_plus(points, num_clusters, generator) if one_by_one else sample(num_clusters)
     for _ in range(iterations):
-        assigned = nearest_code(points, centers)
-        counts = torch.bincount(assigned, minlength=num_clusters)
-        centers = torch.zeros_like(centers).index_add_(0, assigned, points) / counts.clamp(min=1)[:, None]
+        counts, sums = cluster_sums(points, nearest_code(points, centers), num_clusters)
+        centers = sums / counts.clamp(min=1)[:, None]
         empty = counts == 0
         centers[empty] = sample(int(empty.sum()))
     return centers
 
 
-class _StraightThrough(torch.autograd.Function):
-    """Forward: the code itself. Backward: the gradient passes to the latent as if nothing had happened.
+def cluster_sums(vectors: Tensor, indices: Tensor, num_clusters: int) -> tuple[Tensor, Tensor]:
+    """Number `(K,)` and sum `(K, D)` of the vectors `(N, D)` at each index `(N,)`."""
+    counts = torch.bincount(indices, minlength=num_clusters).to(vectors.dtype)
+    return counts, vectors.new_zeros(num_clusters, vectors.shape[1]).index_add_(0, indices, vectors)
+
+
+def entropy(probabilities: Tensor) -> Tensor:
+    """-Σ p log p over the last dimension, in nats; 0 log 0 = 0."""
+    return -torch.special.xlogy(probabilities, probabilities).sum(dim=-1)
+
+
+def entropy_loss(vectors: Tensor, codebook: Tensor, temperature: float, max_scores: int = 2**24) -> Tensor:
+    r"""
+    E[H(p)] - H(E[p]) with p = softmax(-|z - e|² / τ): every vector should be sure of its code, and all codes be used
+    (MAGVIT-v2, https://huggingface.co/papers/2310.05737, eq. 5).
+
+    Holds at most `max_scores` of the N x K probabilities at a time; the backward pass computes them again.
+    """
+
+    def part(rows: Tensor) -> tuple[Tensor, Tensor]:
+        # |z|² is the same for all codes and drops out of the softmax
+        logits = (rows @ codebook.T - 0.5 * codebook.square().sum(dim=1)) * (2 / temperature)
+        p = logits.softmax(dim=1)
+        return entropy(p).sum(), p.sum(dim=0)
+
+    parts = [checkpoint(part, rows, use_reentrant=False) for rows in vectors.split(max(1, max_scores // len(codebook)))]
+    sure, used = (sum(figures) / len(vectors) for figures in zip(*parts, strict=True))
+    return sure - entropy(used)
+
+
+def entropy_loss_of_bits(logits: Tensor, group: int = 8) -> Tensor:
+    """
+    The same for K = 2^D codes made of independent bits, from their logits `(N, D)`. E[H(p)] is exact; H(E[p]) is
+    summed over groups of up to `group` bits, exact for D <= group and an upper bound above
+    (BSQ, https://huggingface.co/papers/2406.07548, section 3.3).
+    """
+    p = logits.sigmoid()
+    sure = entropy(torch.stack([p, 1 - p], dim=-1)).sum(dim=1).mean()
+    used = 0
+    for bits in p.split(group, dim=1):
+        joint = torch.ones_like(bits[:, :1])
+        for bit in bits.unbind(dim=1):
+            joint = torch.cat([joint * (1 - bit[:, None]), joint * bit[:, None]], dim=1)  # (N, 2^bits so far)
+        used = used + entropy(joint.mean(dim=0))
+    return sure - used
+
+
+class _PassGradient(torch.autograd.Function):
+    """
+    Forward: the code itself, to the last bit. Backward: the gradient passes to `carrier` as if it had been the output
+    (straight-through), and to the code.
 
     Writing this as z + (q - z).detach() would round: in bfloat16 a third or more of the values come out unequal to q.
     """
 
     @staticmethod
-    def forward(ctx, latents: Tensor, quantized: Tensor) -> Tensor:
-        return quantized.view_as(quantized)
+    def forward(ctx, carrier: Tensor, code: Tensor) -> Tensor:
+        return code.view_as(code)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        return grad, None
+        return grad, grad
+
+
+class _Rotate(torch.autograd.Function):
+    r"""
+    Forward: the codes e `(N, D)`. Backward to the latents z: as if e = λRz with λ = |e|/|z| and R the rotation that
+    takes z to e in their common plane, both held constant (rotation trick, https://huggingface.co/papers/2410.06424,
+    eq. 4): the gradient's angle to the code is kept as its angle to the latent. With r = (ẑ+ê)/|ẑ+ê|,
+
+        Rᵀg = g - 2 r (r·g) + 2 ẑ (ê·g).
+    """
+
+    @staticmethod
+    def forward(ctx, latents: Tensor, codes: Tensor) -> Tensor:
+        ctx.save_for_backward(latents, codes)
+        return codes.view_as(codes)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        z, e = ctx.saved_tensors
+        z_norm, e_norm = (x.norm(dim=1, keepdim=True).clamp_min(1e-6) for x in (z, e))
+        z_hat, e_hat = z / z_norm, e / e_norm
+        r = F.normalize(z_hat + e_hat, dim=1)
+        turned = (
+            grad - 2 * r * (r * grad).sum(dim=1, keepdim=True) + 2 * z_hat * (e_hat * grad).sum(dim=1, keepdim=True)
+        )
+        return e_norm / z_norm * turned, None
 
 
 class Quantizer(nn.Module):
-    """What every quantizer is to the model: `forward`, `codes`, `num_codes`, `loss_names`."""
+    """
+    What every quantizer is to the model.
+
+    Attributes:
+        num_codes (`int`): K, codes per codebook.
+        num_codebooks (`int`): Codes per latent position. With one, indices are `(B, h, w)`; with n, `(B, h, w, n)`.
+        loss_names (`tuple[str]`): The losses that `forward` returns; the model's config holds `NAME_weight` for each.
+    """
 
     loss_names: tuple[str, ...] = ()
+    num_codebooks: int = 1
 
     def __init__(self, config: VQGANConfig):
         super().__init__()
@@ -132,14 +239,7 @@ class Quantizer(nn.Module):
         self.embed_dim = config.vq_embed_dim
 
     def forward(self, latents: Tensor) -> QuantizerOutput:
-        raise NotImplementedError
-
-    def codes(self, indices: Tensor) -> Tensor:
-        """Codes at `indices`: `(B, h, w)` int64 to `(B, D, h, w)`."""
-        raise NotImplementedError
-
-    def flatten(self, latents: Tensor) -> Tensor:
-        """`(B, D, h, w)` to `(B*h*w, D)`, refusing what no quantizer can answer."""
+        """Latents `(B, D, h, w)` to codes. The choice and the losses are computed in float32 or better."""
         if latents.ndim != 4 or latents.shape[1] != self.embed_dim:
             raise ValueError(f"latents of shape {tuple(latents.shape)}: expected (B, {self.embed_dim}, h, w).")
         if latents.numel() == 0:
@@ -150,69 +250,529 @@ class Quantizer(nn.Module):
                 f"{bad} of {latents.numel()} latent values are NaN or infinite. Check the input image; in training, "
                 "lower the learning rate."
             )
-        return latents.permute(0, 2, 3, 1).reshape(-1, self.embed_dim)
+        batch, dim, height, width = latents.shape
+        with torch.autocast(latents.device.type, enabled=False):
+            vectors = latents.permute(0, 2, 3, 1).reshape(-1, dim)
+            vectors = vectors.to(torch.promote_types(vectors.dtype, torch.float32))
+            quantized, indices, losses = self.quantize_vectors(vectors)
+        assert tuple(losses) == self.loss_names, f"{type(self).__name__} returned {tuple(losses)}"
+        quantized = quantized.to(latents.dtype).view(batch, height, width, dim).permute(0, 3, 1, 2)
+        return QuantizerOutput(quantized, indices.view(batch, height, width, *indices.shape[1:]), losses)
+
+    def quantize_vectors(self, vectors: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """`(N, D)` to codes `(N, D)`, indices `(N,)` or `(N, n)`, and losses."""
+        raise NotImplementedError
+
+    def codes(self, indices: Tensor) -> Tensor:
+        """Codes at indices `(B, h, w)`, or `(B, h, w, n)`, as `(B, D, h, w)`."""
+        vectors = self.code_vectors(indices.reshape(-1, *indices.shape[3:]))
+        return vectors.view(*indices.shape[:3], self.embed_dim).permute(0, 3, 1, 2)
+
+    def code_vectors(self, indices: Tensor) -> Tensor:
+        """Codes at indices `(N,)`, or `(N, n)`, as `(N, D)`."""
+        raise NotImplementedError
+
+    def to_codebook(self) -> Tensor | None:
+        """`(K, D)` if the choice is the Euclidean nearest row of a plain codebook, as in diffusers; else `None`."""
+        return None
+
+    # What the trainer calls besides `forward`. Quantizers without codes to move leave these as they are.
+
+    def codebook_parameters(self) -> list[nn.Parameter]:
+        """Per codebook, the `(K, D/n)` weight whose rows can be started from data and restarted; empty if fixed."""
+        return []
+
+    def initialize_codebook(self, vectors: Tensor, generator: torch.Generator | None = None) -> None:
+        """Start the codes as the k-means of latents `(N, D)`."""
+
+    def codebook_statistics(self, vectors: Tensor, indices: Tensor) -> Tensor | None:
+        """What `update_codebook` needs from latents `(N, D)` and indices `(N,)` or `(N, n)`: sums, to be added up over
+        processes. `None` if it needs nothing."""
+        return None
+
+    def update_codebook(self, statistics: Tensor) -> None:
+        """Move the codes by the statistics of one step of all processes."""
+
+    def restart_codes(self, dead: Tensor, vectors: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """
+        Move codes marked in `dead` `(n*K,)` bool onto distinct, randomly drawn latents out of `vectors` `(N, D)`.
+
+        Returns:
+            `Tensor` `(n*K,)` bool: the codes that were moved; not all of `dead` if there are more of them than latents.
+        """
+        return torch.zeros_like(dead)
 
 
 class Codebook(nn.Embedding):
     """K codes of dimension D, `weight` `(K, D)`, started as taming-transformers and diffusers do, at U(±1/K)."""
 
     def reset_parameters(self) -> None:
-        nn.init.uniform_(self.weight, -1 / self.num_embeddings, 1 / self.num_embeddings)
+        init.uniform_(self.weight, -1 / self.num_embeddings, 1 / self.num_embeddings)
 
 
 class VectorQuantizer(Quantizer):
     r"""
-    A learned codebook (VQ-VAE, https://huggingface.co/papers/1711.00937): z is replaced by its nearest code e,
+    A codebook learned by gradient (VQ-VAE, https://huggingface.co/papers/1711.00937): z becomes its nearest code e,
 
         e = argmin_e |z - e|²                                        (eqs. 1 and 2)
         commitment = |z - sg(e)|²,   codebook = |sg(z) - e|²         (eq. 3; means over elements, sg stops the gradient)
 
-    and the decoder's gradient is copied from e to z (straight-through). Choose it for small codebooks, as the
-    textbook case, and to stay loadable by `diffusers.VQModel`; start it from data (`initialize_codebook`), or most of
-    a large codebook is never used.
+    and the decoder's gradient passes from e to z unchanged (straight-through).
+
+    Options, for this class and those derived from it:
+        `codebook_l2_norm`: z and e on the unit sphere, i.e. cosine similarity (ViT-VQGAN,
+            https://huggingface.co/papers/2110.04627, section 3.1). With 8 dimensions, LlamaGen's recipe.
+        `rotation_trick`: the gradient is rotated from e to z instead of copied.
+        `entropy_weight` > 0: the entropy loss, at a cost of N x K probabilities.
+        `perturbation_share` > 0: in training, this share of the choices falls on one of the `perturbation_neighbours`
+            nearest codes instead, so that the decoder bears a wrong token (https://huggingface.co/papers/2503.08354).
+
+    Choose it for what others can load, and start it from data.
     """
 
     loss_names = ("commitment", "codebook")
 
     def __init__(self, config: VQGANConfig):
         super().__init__(config)
+        self.normalize = config.codebook_l2_norm
+        self.rotation_trick = config.rotation_trick
+        self.entropy_temperature = config.entropy_temperature
+        self.perturbation_share = config.perturbation_share
+        self.perturbation_neighbours = min(config.perturbation_neighbours, self.num_codes)
+        if config.entropy_weight:
+            self.loss_names = (*self.loss_names, "entropy")
         self.embedding = Codebook(self.num_codes, self.embed_dim)
 
-    def forward(self, latents: Tensor) -> QuantizerOutput:
-        vectors = self.flatten(latents)
-        batch, _, height, width = latents.shape
-        indices = nearest_code(vectors, self.embedding.weight).view(batch, height, width)
-        codes = self.codes(indices)
-        precision = torch.promote_types(latents.dtype, torch.float32)
-        z, e = latents.to(precision), codes.to(precision)
-        losses = {"commitment": F.mse_loss(z, e.detach()), "codebook": F.mse_loss(e, z.detach())}
-        return QuantizerOutput(_StraightThrough.apply(latents, codes.to(latents.dtype)), indices, losses)
+    def codebook(self) -> Tensor:
+        """The effective codes `(K, D)`, in float32 or better, with their gradient."""
+        weight = self.embedding.weight
+        return self.project(weight.to(torch.promote_types(weight.dtype, torch.float32)))
 
-    def codes(self, indices: Tensor) -> Tensor:
-        return self.embedding(indices).permute(0, 3, 1, 2)
+    def project(self, vectors: Tensor) -> Tensor:
+        """Where latents and codes meet: the space itself, or its unit sphere."""
+        return F.normalize(vectors, dim=-1) if self.normalize else vectors
+
+    def choose(self, z: Tensor, codebook: Tensor) -> Tensor:
+        indices = nearest_code(z, codebook)
+        if self.training and self.perturbation_share:
+            moved = (torch.rand(len(z), device=z.device) < self.perturbation_share).nonzero().flatten()
+            scores = z[moved] @ codebook.T - 0.5 * codebook.square().sum(dim=1)
+            near = scores.topk(self.perturbation_neighbours, dim=1).indices
+            picked = torch.randint(self.perturbation_neighbours, (len(moved), 1), device=z.device)
+            indices = indices.index_copy(0, moved, near.gather(1, picked).flatten())
+        return indices
+
+    def quantize_vectors(self, vectors: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        z, codebook = self.project(vectors), self.codebook()
+        indices = self.choose(z.detach(), codebook.detach())
+        e = F.embedding(indices, codebook)
+        losses = {"commitment": F.mse_loss(z, e.detach()), "codebook": F.mse_loss(e, z.detach())}
+        if "entropy" in self.loss_names:
+            losses["entropy"] = entropy_loss(z, codebook, self.entropy_temperature)
+        quantized = (_Rotate if self.rotation_trick else _PassGradient).apply(z, e.detach())
+        return quantized, indices, {name: losses[name] for name in self.loss_names}
+
+    def code_vectors(self, indices: Tensor) -> Tensor:
+        return F.embedding(indices, self.codebook())
 
     def to_codebook(self) -> Tensor:
-        """`(K, D)`: the plain codebook whose nearest code is this quantizer's choice."""
-        return self.embedding.weight.detach()
+        # On the sphere, too: for codes of equal length the nearest to z is the nearest to z/|z|.
+        return self.codebook().detach()
+
+    def codebook_parameters(self) -> list[nn.Parameter]:
+        return [self.embedding.weight]
 
     @torch.no_grad()
-    def initialize_codebook(self, latents: Tensor, generator: torch.Generator | None = None) -> None:
-        """Start the codebook as the k-means of `latents` `(N, D)`; with the same arguments, the same on every process."""
-        self.embedding.weight.copy_(kmeans(latents, self.num_codes, generator=generator))
+    def initialize_codebook(self, vectors: Tensor, generator: torch.Generator | None = None) -> None:
+        self.embedding.weight.copy_(kmeans(self.project(vectors.float()), self.num_codes, generator=generator))
 
     @torch.no_grad()
-    def restart_codes(self, dead: Tensor, latents: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """
-        Move codes marked in `dead` `(K,)` bool onto distinct, randomly drawn rows of `latents` `(N, D)`.
-
-        Returns:
-            `Tensor` `(K,)` bool: the codes that were moved; not all of `dead` if there are more of them than latents.
-        """
+    def restart_codes(self, dead: Tensor, vectors: Tensor, generator: torch.Generator | None = None) -> Tensor:
         restarted = torch.zeros_like(dead)
-        restarted[dead.nonzero().flatten()[: len(latents)]] = True
-        drawn = torch.randperm(len(latents), generator=generator)[: int(restarted.sum())].to(latents.device)
-        self.embedding.weight[restarted] = latents[drawn].to(self.embedding.weight.dtype)
+        restarted[dead.nonzero().flatten()[: len(vectors)]] = True
+        drawn = torch.randperm(len(vectors), generator=generator)[: int(restarted.sum())].to(vectors.device)
+        self.embedding.weight[restarted] = self.project(vectors[drawn].float()).to(self.embedding.weight.dtype)
         return restarted
 
 
-QUANTIZERS: dict[str, type[Quantizer]] = {"vq": VectorQuantizer}
+class EMAVectorQuantizer(VectorQuantizer):
+    r"""
+    A codebook that follows its data by moving averages (VQ-VAE, appendix A.1): with n_i latents z_ij nearest to code i,
+
+        N_i <- γ N_i + (1-γ) n_i,   m_i <- γ m_i + (1-γ) Σ_j z_ij,   e_i = m_i / N_i.        (eqs. 7 and 8)
+
+    Codes follow the encoder faster and more calmly than by gradient, and need no codebook loss. A restarted code's
+    averages restart with it. Choose it when the codebook has to keep up: small batches, high learning rates, restarts.
+    """
+
+    loss_names = ("commitment",)
+
+    def __init__(self, config: VQGANConfig):
+        super().__init__(config)
+        self.decay = config.ema_decay
+        # A Parameter all the same: averages of the whole model (diffusers' EMAModel) follow parameters only.
+        self.embedding.weight.requires_grad_(False)
+        self.register_buffer("cluster_size", torch.empty(self.num_codes))  # N
+        self.register_buffer("embed_avg", torch.empty(self.num_codes, self.embed_dim))  # m
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Averages that stand for the codes as they are, each with the weight of one latent per step."""
+        init.ones_(self.cluster_size)
+        init.copy_(self.embed_avg, self.embedding.weight)
+
+    def _apply(self, fn, recurse: bool = True):
+        # Moving the model to another dtype must not round the averages: in bfloat16, γ = 0.99 would change nothing.
+        kept = {name: self._buffers[name] for name in ("cluster_size", "embed_avg")}
+        super()._apply(fn, recurse)
+        for name, buffer in kept.items():
+            if self._buffers[name].dtype != buffer.dtype:
+                self._buffers[name] = buffer.to(self._buffers[name].device)
+        return self
+
+    def codebook_statistics(self, vectors: Tensor, indices: Tensor) -> Tensor:
+        counts, sums = cluster_sums(self.project(vectors.float()), indices, self.num_codes)
+        return torch.cat([counts[:, None], sums], dim=1)  # (K, 1 + D)
+
+    @torch.no_grad()
+    def update_codebook(self, statistics: Tensor) -> None:
+        self.cluster_size.lerp_(statistics[:, 0], 1 - self.decay)
+        self.embed_avg.lerp_(statistics[:, 1:], 1 - self.decay)
+        alive = self.cluster_size > 1e-6  # the averages of a code unused for long fade to 0 / 0; it stays where it is
+        self.embedding.weight[alive] = (self.embed_avg / self.cluster_size[:, None])[alive].to(self.embedding.weight)
+
+    @torch.no_grad()
+    def initialize_codebook(self, vectors: Tensor, generator: torch.Generator | None = None) -> None:
+        super().initialize_codebook(vectors, generator)
+        self.cluster_size.fill_(1)
+        self.embed_avg.copy_(self.embedding.weight)
+
+    @torch.no_grad()
+    def restart_codes(self, dead: Tensor, vectors: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        restarted = super().restart_codes(dead, vectors, generator)
+        self.cluster_size[restarted] = 1
+        self.embed_avg[restarted] = self.embedding.weight[restarted].float()
+        return restarted
+
+
+class FrozenCodebook(nn.Embedding):
+    """K fixed codes drawn from N(0, 1/D)."""
+
+    def __init__(self, num_embeddings: int, embedding_dim: int):
+        super().__init__(num_embeddings, embedding_dim)
+        self.weight.requires_grad_(False)
+
+    def reset_parameters(self) -> None:
+        init.normal_(self.weight, std=self.embedding_dim**-0.5)
+
+
+class SimVectorQuantizer(VectorQuantizer):
+    """
+    SimVQ (https://huggingface.co/papers/2411.02038): codes e = c W, with c a row of a fixed random codebook and W a
+    learned D x D matrix. Every code's gradient moves W and so all codes at once, and none is left behind. Choose it for
+    very large codebooks.
+    """
+
+    def __init__(self, config: VQGANConfig):
+        super().__init__(config)
+        self.embedding = FrozenCodebook(self.num_codes, self.embed_dim)
+        self.projection = nn.Linear(self.embed_dim, self.embed_dim, bias=False)
+
+    def codebook(self) -> Tensor:
+        dtype = torch.promote_types(self.embedding.weight.dtype, torch.float32)
+        return self.project(F.linear(self.embedding.weight.to(dtype), self.projection.weight.to(dtype)))
+
+    def codebook_parameters(self) -> list[nn.Parameter]:
+        return []
+
+    def initialize_codebook(self, vectors: Tensor, generator: torch.Generator | None = None) -> None:
+        """Nothing: the codes are fixed, and W turns them towards the data."""
+
+    def restart_codes(self, dead: Tensor, vectors: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        return torch.zeros_like(dead)
+
+
+class IndexBackpropagationQuantizer(VectorQuantizer):
+    r"""
+    IBQ (https://huggingface.co/papers/2412.02692): the code is the one with the largest dot product, and the gradient
+    goes through the whole choice: with p = softmax(z Eᵀ) and the one-hot choice i,
+
+        e = (i - sg(p) + p) E                                        (eq. 5)
+
+    so every code gets a gradient at every step, not only the chosen ones. Choose it for large codebooks of high
+    dimension; each step costs N x K probabilities (held in parts, computed again in the backward pass).
+    """
+
+    max_scores = 2**24
+
+    def choose(self, z: Tensor, codebook: Tensor) -> Tensor:
+        tile = max(1, self.max_scores // self.num_codes)
+        return torch.cat([(rows @ codebook.T).argmax(dim=1) for rows in z.split(tile)])
+
+    def quantize_vectors(self, vectors: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        _, indices, losses = super().quantize_vectors(vectors)
+        z, codebook = self.project(vectors), self.codebook()
+        soft = soft_codes(z, lambda rows: rows @ codebook.T, codebook, self.max_scores)
+        return _PassGradient.apply(soft, F.embedding(indices, codebook)), indices, losses
+
+    def to_codebook(self) -> Tensor | None:
+        return self.codebook().detach() if self.normalize else None  # else long codes win more than their due
+
+
+def soft_codes(vectors: Tensor, logits, codebook: Tensor, max_scores: int) -> Tensor:
+    """Σ_k p_k sg(e_k), p = softmax(logits(z)), with at most `max_scores` of the N x K probabilities at a time."""
+
+    def part(rows: Tensor) -> Tensor:
+        return logits(rows).softmax(dim=1) @ codebook.detach()
+
+    parts = vectors.split(max(1, max_scores // len(codebook)))
+    return torch.cat([checkpoint(part, rows, use_reentrant=False) for rows in parts])
+
+
+class GumbelQuantizer(Quantizer):
+    r"""
+    Codes drawn instead of looked up (DALL-E's and taming-transformers' GumbelVQ; gumbel-softmax:
+    https://huggingface.co/papers/1611.01144): a linear layer gives logits, in training Gumbel noise g is added,
+
+        i = argmax(logits + g),   gradient of Σ_k p_k e_k with p = softmax((logits + g) / τ),
+        kl = Σ_k q_k log(K q_k),  q = softmax(logits): against using few codes.
+
+    Choose it for compatibility with checkpoints that have it. Without noise (eval) the most probable code is taken.
+    """
+
+    loss_names = ("kl",)
+
+    def __init__(self, config: VQGANConfig):
+        super().__init__(config)
+        self.temperature = config.gumbel_temperature
+        self.proj = nn.Linear(self.embed_dim, self.num_codes)
+        self.embed = nn.Embedding(self.num_codes, self.embed_dim)
+
+    def quantize_vectors(self, vectors: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        logits = F.linear(vectors, self.proj.weight.to(vectors.dtype), self.proj.bias.to(vectors.dtype))  # (N, K)
+        log_q = logits.log_softmax(dim=1)
+        losses = {"kl": (log_q.exp() * (log_q + math.log(self.num_codes))).sum(dim=1).mean()}
+        if self.training:
+            logits = logits - torch.empty_like(logits).exponential_().log()
+        codes = self.embed.weight.to(vectors.dtype)
+        indices = logits.argmax(dim=1)
+        soft = (logits / self.temperature).softmax(dim=1) @ codes.detach()
+        return _PassGradient.apply(soft, F.embedding(indices, codes)), indices, losses
+
+    def code_vectors(self, indices: Tensor) -> Tensor:
+        weight = self.embed.weight
+        return F.embedding(indices, weight.to(torch.promote_types(weight.dtype, torch.float32)))
+
+
+class FiniteScalarQuantizer(Quantizer):
+    r"""
+    FSQ (https://huggingface.co/papers/2309.15505): no codebook; each of few dimensions is squashed and rounded to L_d
+    levels, and the code's number is read off as in a mixed-radix number: K = Π L_d.
+
+        q = round(tanh(z + s) (L-1)/2 - o),   code = q / ⌊L/2⌋,   o = ½ and s = atanh(2o/(L-1)) for even L, else 0
+
+    Nothing to collapse, nothing to tune. Choose it for up to about 2^16 codes, when the decoder (or what follows) can
+    live with 3 to 6 numbers per position. `fsq_levels` sets K and D. Codes are not their own nearest codes (tanh), so
+    decode stored codes by index, or with `force_not_quantize`.
+    """
+
+    def __init__(self, config: VQGANConfig):
+        super().__init__(config)
+        levels = torch.tensor(config.fsq_levels)
+        self.levels = list(config.fsq_levels)
+        self.places = torch.cat([levels.new_ones(1), levels[:-1].cumprod(dim=0)]).tolist()
+
+    def quantize_vectors(self, vectors: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        levels, places, middle = self._constants(vectors.device)
+        half = (levels - 1) * (1 + 1e-3) / 2  # a little room, so that tanh reaches the outermost levels
+        offset = (levels % 2 == 0) * 0.5
+        bounded = torch.tanh(vectors + torch.atanh(offset / half).to(vectors)) * half - offset
+        digits = bounded.detach().round().long() + middle  # (N, D), each in [0, L_d)
+        indices = (digits * places).sum(dim=1)
+        codes = self.code_vectors(indices).to(vectors.dtype)
+        return _PassGradient.apply((bounded / middle).to(vectors.dtype), codes), indices, {}
+
+    def code_vectors(self, indices: Tensor) -> Tensor:
+        levels, places, middle = self._constants(indices.device)
+        return (indices[:, None] // places % levels - middle) / middle
+
+    def _constants(self, device) -> tuple[Tensor, Tensor, Tensor]:
+        # Made anew: buffers that are not in a checkpoint come back as garbage from transformers' from_pretrained.
+        levels = torch.tensor(self.levels, device=device)
+        return levels, torch.tensor(self.places, device=device), levels // 2
+
+
+class LookupFreeQuantizer(Quantizer):
+    r"""
+    LFQ (MAGVIT-v2, https://huggingface.co/papers/2310.05737): one bit per dimension, code = sign(z), K = 2^D. The
+    entropy loss is what makes all bits carry information; give it a weight, and let it start high
+    (`entropy_anneal_factor` of the trainer). Choose it for very large vocabularies; `vq_embed_dim` has to be log2(K).
+    """
+
+    loss_names = ("commitment", "entropy")
+
+    def __init__(self, config: VQGANConfig):
+        super().__init__(config)
+        self.temperature = config.entropy_temperature
+        self.scale = 1.0
+
+    def project(self, vectors: Tensor) -> Tensor:
+        return vectors
+
+    def quantize_vectors(self, vectors: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        z = self.project(vectors)
+        bits = z > 0
+        indices = (bits * self._places(z.device)).sum(dim=1)
+        codes = self.code_vectors(indices).to(z.dtype)
+        # p(bit) ∝ exp(-|z - c|²/τ) for c = ±scale
+        losses = {
+            "commitment": F.mse_loss(z, codes),
+            "entropy": entropy_loss_of_bits(z * (4 * self.scale / self.temperature)),
+        }
+        return _PassGradient.apply(z, codes), indices, {name: losses[name] for name in self.loss_names}
+
+    def code_vectors(self, indices: Tensor) -> Tensor:
+        bits = (indices[:, None] & self._places(indices.device)) > 0
+        return (bits.float() * 2 - 1) * self.scale
+
+    def _places(self, device) -> Tensor:
+        return 2 ** torch.arange(self.embed_dim, device=device)
+
+
+class BinarySphericalQuantizer(LookupFreeQuantizer):
+    """
+    BSQ (https://huggingface.co/papers/2406.07548): LFQ on the unit sphere, code = sign(u)/√D with u = z/|z|. The error
+    is bounded, so there is no commitment loss. Choose it over LFQ when that one's latents grow or its training shakes.
+    """
+
+    loss_names = ("entropy",)
+
+    def __init__(self, config: VQGANConfig):
+        super().__init__(config)
+        self.scale = self.embed_dim**-0.5
+
+    def project(self, vectors: Tensor) -> Tensor:
+        return F.normalize(vectors, dim=1)
+
+
+class _CompositeQuantizer(Quantizer):
+    """n quantizers of one kind (`base_quantizer`), and so n codes per position."""
+
+    def __init__(self, config: VQGANConfig, embed_dim: int):
+        super().__init__(config)
+        self.num_codebooks = config.num_codebooks
+        part = copy.deepcopy(config)
+        part.vq_embed_dim = embed_dim
+        self.parts = nn.ModuleList(SIMPLE_QUANTIZERS[config.base_quantizer](part) for _ in range(self.num_codebooks))
+        self.loss_names = self.parts[0].loss_names
+
+    def shares(self, vectors: Tensor, indices: Tensor | None = None) -> list[Tensor]:
+        """What each part sees of latents `(N, D)`, given the choices `(N, n)` if they are known."""
+        raise NotImplementedError
+
+    def codebook_parameters(self) -> list[nn.Parameter]:
+        return [parameter for part in self.parts for parameter in part.codebook_parameters()]
+
+    def codebook_statistics(self, vectors: Tensor, indices: Tensor) -> Tensor | None:
+        shares = self.shares(vectors.float(), indices)
+        parts = zip(self.parts, shares, indices.unbind(dim=1), strict=True)
+        statistics = [part.codebook_statistics(share, index) for part, share, index in parts]
+        return None if statistics[0] is None else torch.stack(statistics)
+
+    def update_codebook(self, statistics: Tensor) -> None:
+        for part, own in zip(self.parts, statistics, strict=True):
+            part.update_codebook(own)
+
+    def restart_codes(self, dead: Tensor, vectors: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        shares, restarted = self.shares(vectors.float()), []
+        for part, share, own in zip(self.parts, shares, dead.view(self.num_codebooks, -1), strict=True):
+            restarted.append(part.restart_codes(own, share, generator))
+        return torch.cat(restarted)
+
+
+class GroupedQuantizer(_CompositeQuantizer):
+    """
+    Product quantization: the D channels fall into n groups of D/n, each with a codebook of its own (UniTok,
+    https://huggingface.co/papers/2502.20321, section 3.2; MGVQ). K^n combinations at the price of n x K codes. Choose
+    it for reconstruction quality, when the downstream model can predict n codes per position.
+    """
+
+    def __init__(self, config: VQGANConfig):
+        super().__init__(config, config.vq_embed_dim // config.num_codebooks)
+
+    def shares(self, vectors: Tensor, indices: Tensor | None = None) -> list[Tensor]:
+        return list(vectors.chunk(self.num_codebooks, dim=1))
+
+    def quantize_vectors(self, vectors: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        results = [part.quantize_vectors(share) for part, share in zip(self.parts, self.shares(vectors), strict=True)]
+        quantized, indices, losses = zip(*results, strict=True)
+        return torch.cat(quantized, dim=1), torch.stack(indices, dim=1), _mean_of(losses)
+
+    def code_vectors(self, indices: Tensor) -> Tensor:
+        codes = [part.code_vectors(index) for part, index in zip(self.parts, indices.unbind(dim=1), strict=True)]
+        return torch.cat(codes, dim=1)
+
+    def initialize_codebook(self, vectors: Tensor, generator: torch.Generator | None = None) -> None:
+        for part, share in zip(self.parts, self.shares(vectors), strict=True):
+            part.initialize_codebook(share, generator)
+
+
+class ResidualQuantizer(_CompositeQuantizer):
+    r"""
+    RQ (https://huggingface.co/papers/2203.01941): each stage quantizes what the stages before it left over,
+
+        r_0 = z,   e_d = Q_d(r_{d-1}),   r_d = r_{d-1} - e_d,   quantized = Σ_d e_d        (eqs. 3 and 4)
+
+    Coarse to fine: a prefix of the codes is a coarser image. Choose it for high fidelity at few positions.
+    """
+
+    def __init__(self, config: VQGANConfig):
+        super().__init__(config, config.vq_embed_dim)
+
+    def shares(self, vectors: Tensor, indices: Tensor | None = None) -> list[Tensor]:
+        if indices is None:
+            indices = self.quantize_vectors(vectors)[1]
+        shares = [vectors]
+        for part, index in zip(self.parts[:-1], indices.unbind(dim=1), strict=False):
+            shares.append(shares[-1] - part.code_vectors(index).detach())
+        return shares
+
+    def quantize_vectors(self, vectors: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        residual, total, indices, losses = vectors, torch.zeros_like(vectors), [], []
+        for part in self.parts:
+            code, index, loss = part.quantize_vectors(residual)
+            residual, total = residual - code.detach(), total + code.detach()
+            indices.append(index)
+            losses.append(loss)
+        return _PassGradient.apply(vectors, total), torch.stack(indices, dim=1), _mean_of(losses)
+
+    def code_vectors(self, indices: Tensor) -> Tensor:
+        codes = (part.code_vectors(index) for part, index in zip(self.parts, indices.unbind(dim=1), strict=True))
+        first = next(codes)
+        return sum(codes, start=torch.zeros_like(first) + first)
+
+    def initialize_codebook(self, vectors: Tensor, generator: torch.Generator | None = None) -> None:
+        residual = vectors.float()
+        for part in self.parts:
+            part.initialize_codebook(residual, generator)
+            residual = residual - part.code_vectors(part.quantize_vectors(residual)[1]).detach()
+
+
+def _mean_of(losses) -> dict[str, Tensor]:
+    return {name: torch.stack([part[name] for part in losses]).mean() for name in losses[0]}
+
+
+SIMPLE_QUANTIZERS: dict[str, type[Quantizer]] = {
+    "vq": VectorQuantizer,
+    "vq_ema": EMAVectorQuantizer,
+    "simvq": SimVectorQuantizer,
+    "ibq": IndexBackpropagationQuantizer,
+    "gumbel": GumbelQuantizer,
+    "fsq": FiniteScalarQuantizer,
+    "lfq": LookupFreeQuantizer,
+    "bsq": BinarySphericalQuantizer,
+}
+QUANTIZERS: dict[str, type[Quantizer]] = SIMPLE_QUANTIZERS | {
+    "residual": ResidualQuantizer,
+    "grouped": GroupedQuantizer,
+}

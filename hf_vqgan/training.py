@@ -1,19 +1,15 @@
-"""Training a VQ-GAN: its configuration, its state, one step, and the loop around it."""
+"""Training a VQ-GAN: the state of a run, one step, and the loop around it."""
 
 import contextlib
 import dataclasses
-import json
 import logging
 import math
 import os
-import shutil
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import asdict, dataclass
 
 import torch
-import yaml
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import set_seed
 from diffusers.optimization import get_scheduler
@@ -21,12 +17,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from .configuration_vqgan import VQGANConfig, model_fields
+from .configuration_training import VQGANTrainingConfig
+from .configuration_vqgan import VQGANConfig
 from .data import EpochBatchSampler, ImageTransform, TrainingImages, ValidationImages, load_image_datasets
 from .discriminators import PatchDiscriminator
-from .image_processing_vqgan import VQGANImageProcessor
 from .losses import (
-    ADVERSARIAL_LOSSES,
     LPIPS,
     adaptive_weight,
     adversarial_loss,
@@ -36,131 +31,12 @@ from .losses import (
     reconstruction_losses,
     weighted_sum,
 )
-from .lpips_weights import NETWORKS
 from .metrics import CodebookHealth, evaluate_reconstruction, gather_rows
 from .modeling_vqgan import VQGANModel, VQGANOutput
 from .pictures import draw_curves, draw_reconstructions
+from .run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
-
-CONFIG_FILE = "training_config.yaml"
-LOG_FILE = "log.jsonl"
-
-
-def option(default, help: str, choices: tuple[str, ...] | None = None):
-    """A field of the training configuration with the help text of its command-line flag."""
-    metadata = {"help": help} | ({"choices": choices} if choices else {})
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
-
-
-@dataclass
-class VQGANTrainingConfig:
-    """Everything about a training run but the model's architecture. Every field is a flag of `train_vqgan.py`."""
-
-    # What a run reads and writes
-    dataset_name: str = option("", "Hub dataset, local path that load_dataset reads, or package:NAME/FOLDER.")
-    dataset_config_name: str | None = option(None, "Configuration of the dataset.")
-    dataset_revision: str | None = option(None, "Branch, tag or commit of a Hub dataset.")
-    train_split: str = option("train", "Split to train on.")
-    validation_split: str | None = option(None, "Default: `validation`, else `test`, else images held out of train.")
-    train_files: list[str] = option([], "Patterns of the training files inside the dataset. Default: all.")
-    validation_files: list[str] = option([], "Patterns of the validation files inside the dataset.")
-    image_column: str | None = option(None, "Column with the images. Default: the only image column.")
-    max_train_samples: int | None = option(None, "Use only the first so many training images.")
-    max_validation_samples: int | None = option(64, "Use only the first so many validation images.")
-    cache_dir: str | None = option(None, "Where `datasets` keeps what it downloads.")
-    output_dir: str = option("runs/vqgan", "Folder of the run: model, pictures, metrics and checkpoints.")
-    overwrite_output_dir: bool = option(False, "Delete the run that is in output_dir, if there is one.")
-    resume_from_checkpoint: str | None = option(
-        None, "`latest`, or a checkpoint folder. Without it, the same command run again resumes too."
-    )
-
-    # From images to pixels
-    resolution: int = option(256, "Side in pixels of the square crops to train on.")
-    resize: int | None = option(None, "Shorter side before cropping. Default: resolution. 0: keep the image's size.")
-    center_crop: bool = option(False, "Crop the centre instead of a random place.")
-    random_flip: bool = option(True, "Mirror half of the crops.")
-    crops_per_image: int = option(1, "Crops that one image yields per epoch.")
-    validate_whole_images: bool = option(False, "Validate on whole images instead of their central square.")
-    max_unreadable_share: float = option(0.2, "Stop when a larger share of the training images cannot be decoded.")
-    dataloader_num_workers: int = option(0, "Processes that decode images, per training process.")
-
-    # The three losses (losses.py) and their weights
-    l1_weight: float = option(1.0, "Weight of |x̂ - x|: counts pixels.")
-    l2_weight: float = option(0.0, "Weight of (x̂ - x)².")
-    perceptual_weight: float = option(1.0, "Weight of LPIPS: compares features.")
-    perceptual_net: str = option("vgg", "LPIPS network for training.", choices=tuple(NETWORKS))
-    perceptual_weights_path: str | None = option(None, "File with the LPIPS network's weights. Default: fetched.")
-    perceptual_upscale: int = option(1, "Enlarge crops this many times before LPIPS; 2 helps crops below 64 pixels.")
-    adversarial_weight: float = option(0.8, "Weight of the adversarial loss: keeps pace with the decoder. 0: none.")
-    adversarial_loss: str = option("hinge", "Form of the adversarial loss.", choices=ADVERSARIAL_LOSSES)
-    adaptive_weight: bool = option(True, "Scale the adversarial gradient to the reconstruction gradient's size.")
-    adaptive_weight_max: float = option(1e4, "Cap of that scale.")
-    disc_start: int = option(0, "Step at which the discriminator starts to train.")
-    disc_ramp_steps: int = option(0, "Steps over which the adversarial weight then grows from 0 to full.")
-    disc_channels: int = option(64, "Channels of the discriminator's first layer.")
-    disc_layers: int = option(3, "Stride-2 layers of the discriminator: patches of 16, 34, 70 pixels for 1, 2, 3.")
-
-    # Codebook
-    quantize_start: int = option(0, "Steps to train as a plain autoencoder before quantizing.")
-    codebook_init: str = option("data", "Codebook at quantize_start: k-means of latents, or left as it is.",
-                                choices=("data", "none"))  # fmt: skip
-    dead_code_restart_steps: int = option(0, "Move codes unused for this many steps onto current latents. 0: never.")
-    codebook_window: int = option(100, "Training steps over which perplexity and usage are counted.")
-
-    # Optimisation
-    train_batch_size: int = option(16, "Images per process and forward pass.")
-    gradient_accumulation_steps: int = option(1, "Forward passes per optimizer step.")
-    max_train_steps: int | None = option(None, "Optimizer steps. Default: what num_train_epochs gives.")
-    num_train_epochs: int = option(1, "Passes over the data, if max_train_steps is not given.")
-    learning_rate: float = option(1e-4, "Learning rate of encoder, quantizer and decoder.")
-    disc_learning_rate: float | None = option(None, "Learning rate of the discriminator. Default: learning_rate.")
-    lr_scheduler: str = option("constant", "Schedule of both rates, a name that diffusers' get_scheduler knows.")
-    lr_warmup_steps: int = option(0, "Steps of linear warm-up.")
-    adam_beta1: float = option(0.5, "Adam's β1, both networks.")
-    adam_beta2: float = option(0.9, "Adam's β2, both networks.")
-    adam_weight_decay: float = option(0.0, "AdamW's weight decay, both networks.")
-    adam_epsilon: float = option(1e-8, "Adam's ε, both networks.")
-    max_grad_norm: float = option(1.0, "Clip each network's gradient to this norm. 0: never.")
-    mixed_precision: str = option("no", "Autocast.", choices=("no", "bf16", "fp16"))
-    channels_last: bool = option(True, "Keep activations in channels_last memory format.")
-    cpu_threads: int | None = option(None, "Threads per process on CPU. Default: the cores shared evenly.")
-    seed: int = option(0, "Seed of everything random.")
-
-    # Watching and keeping
-    logging_steps: int = option(10, "Steps between lines of log.jsonl and tracker entries.")
-    validation_steps: int = option(500, "Steps between validations.")
-    validation_net: str = option("alex", "LPIPS network of the reported metric.", choices=tuple(NETWORKS))
-    validation_pictures: int = option(4, "Validation images in reconstructions.png.")
-    checkpointing_steps: int = option(500, "Steps between checkpoints; there is always one at the end.")
-    checkpoints_total_limit: int | None = option(2, "Keep only the latest so many checkpoints.")
-    report_to: str | None = option(None, "Tracker, as Accelerate names it: tensorboard, wandb, trackio, all.")
-
-    def __post_init__(self):
-        for name in ("resolution", "crops_per_image", "train_batch_size", "gradient_accumulation_steps",
-                     "num_train_epochs", "logging_steps", "validation_steps", "checkpointing_steps",
-                     "codebook_window", "perceptual_upscale", "disc_layers"):  # fmt: skip
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
-        for name in ("l1_weight", "l2_weight", "perceptual_weight", "adversarial_weight", "learning_rate",
-                     "disc_start", "disc_ramp_steps", "quantize_start", "dead_code_restart_steps",
-                     "lr_warmup_steps", "max_grad_norm", "dataloader_num_workers"):  # fmt: skip
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)} must not be negative.")
-        for config_field in dataclasses.fields(self):
-            choices = config_field.metadata.get("choices")
-            if choices and getattr(self, config_field.name) not in choices:
-                raise ValueError(f"{config_field.name}={getattr(self, config_field.name)!r} must be one of {choices}.")
-        if not (self.l1_weight or self.l2_weight or self.perceptual_weight):
-            raise ValueError("l1_weight, l2_weight and perceptual_weight are all 0: nothing says what to reconstruct.")
-        if not 0 <= self.max_unreadable_share <= 1:
-            raise ValueError(f"max_unreadable_share={self.max_unreadable_share} must be in [0, 1].")
-        if self.max_train_steps is not None and self.max_train_steps < 1:
-            raise ValueError(f"max_train_steps={self.max_train_steps} must be at least 1.")
-        if not self.dataset_name:
-            raise ValueError("dataset_name is empty: name a Hub dataset, a local folder, or package:NAME/FOLDER.")
 
 
 @dataclass
@@ -222,7 +98,7 @@ class StepOutput:
     """
     Args:
         losses (`dict[str, float]`): Every term, unweighted, averaged over micro-batches and processes.
-        indices (`Tensor`): Codes of this process's images, `(M*B, h, w)`.
+        indices (`Tensor`): Codes of this process's images, `(M*B, h, w)` or `(M*B, h, w, n)`.
         latents (`Tensor`): Latents of this process's images, detached, `(M*B, D, h, w)`.
         adaptive_weight (`float`): λ; 0 while the discriminator is off.
         grad_norm, disc_grad_norm (`float`): Norms before clipping.
@@ -361,39 +237,63 @@ def _no_sync_unless(accelerator: Accelerator, last: bool, model: nn.Module | Non
 # Codebook upkeep: what a quantizer needs besides gradients
 
 
+def flat_vectors(latents: Tensor) -> Tensor:
+    """`(B, D, h, w)` to `(B*h*w, D)`, float32."""
+    return latents.detach().float().permute(0, 2, 3, 1).flatten(0, 2)
+
+
 def initialize_codebook(state: TrainState, batches: Iterator[Tensor], vectors_per_code: int = 8) -> None:
-    """Start the codebook from the latents of coming batches, of all processes; every process computes the same."""
-    model, rows, have = state.vqgan, [], 0
+    """Start the codes from the latents of coming batches, of all processes; the main process's result is everyone's."""
+    quantizer, rows, have = state.vqgan.quantize, [], 0
+    if not quantizer.codebook_parameters():
+        return
     with torch.no_grad():
         for pixels in batches:
-            latents = gather_rows(model.encode(pixels).latents.float())
-            rows.append(latents.permute(0, 2, 3, 1).flatten(0, 2))
+            rows.append(gather_rows(flat_vectors(state.vqgan.encode(pixels).latents)))
             have += len(rows[-1])
-            if have >= vectors_per_code * model.quantize.num_codes:
+            if have >= vectors_per_code * quantizer.num_codes:
                 break
-    generator = torch.Generator().manual_seed(state.config.seed)
-    model.quantize.initialize_codebook(torch.cat(rows), generator)
+    quantizer.initialize_codebook(torch.cat(rows), torch.Generator().manual_seed(state.config.seed))
+    broadcast(quantizer)
 
 
-def restart_dead_codes(state: TrainState, latents: Tensor) -> int:
+def update_codebook(state: TrainState, output: StepOutput) -> int:
     """
-    Move codes that no image used for `dead_code_restart_steps` steps onto current latents; returns how many.
+    What a step does to the codes besides gradients: moving averages, and the restart of dead codes on current latents.
 
-    The optimizer's memory of those rows goes too: it would drag the new codes along the old codes' way.
+    The optimizer's memory of restarted codes goes too: it would drag the new codes along the old codes' way.
+
+    Returns:
+        How many codes were restarted.
     """
-    dead = state.health.age >= state.config.dead_code_restart_steps
-    if not dead.any():
+    config, quantizer = state.config, state.vqgan.quantize
+    indices = output.indices.flatten(0, 2)
+    statistics = quantizer.codebook_statistics(flat_vectors(output.latents), indices)
+    if statistics is not None:
+        quantizer.update_codebook(state.accelerator.reduce(statistics, "sum"))
+
+    state.health.update(output.indices)
+    dead = state.health.age >= config.dead_code_restart_steps
+    parameters = quantizer.codebook_parameters()
+    if not (config.dead_code_restart_steps and parameters and dead.any()):
         return 0
-    quantizer, device = state.vqgan.quantize, latents.device
-    vectors = gather_rows(latents.float()).permute(0, 2, 3, 1).flatten(0, 2)
-    generator = torch.Generator().manual_seed(state.config.seed * 1_000_003 + state.step)
-    dead = quantizer.restart_codes(dead.to(device), vectors, generator)
-    for parameter in quantizer.parameters():
+    vectors = gather_rows(flat_vectors(output.latents))
+    generator = torch.Generator().manual_seed(config.seed * 1_000_003 + state.step)
+    restarted = quantizer.restart_codes(dead.to(vectors.device), vectors, generator)
+    broadcast(quantizer)
+    for parameter, rows in zip(parameters, restarted.view(len(parameters), -1), strict=True):
         for memory in state.optimizer.state[parameter].values():
             if torch.is_tensor(memory) and memory.shape == parameter.shape:
-                memory[dead] = 0
-    state.health.age[dead.cpu()] = 0
-    return int(dead.sum())
+                memory[rows] = 0
+    state.health.age[restarted.cpu()] = 0
+    return int(restarted.sum())
+
+
+def broadcast(module: nn.Module) -> None:
+    """The main process's weights and buffers to all: sums in another order must not let codebooks drift apart."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        for tensor in module.state_dict().values():
+            torch.distributed.broadcast(tensor, 0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -465,7 +365,7 @@ def train(config: VQGANTrainingConfig, model_config: VQGANConfig, dry_run: bool 
         if network is not None and config.resolution < network.min_side:
             raise ValueError(
                 f"resolution={config.resolution} is too small for LPIPS with {flag}={network.net!r}, which needs "
-                f"{network.min_side} pixels here. Raise --resolution, take `vgg`, or (in training) --perceptual_upscale."
+                f"{network.min_side} pixels here. Raise --resolution or --perceptual_upscale, or take `vgg`."
             )
     state = build_state(config, model_config, accelerator, perceptual)
     metric.to(accelerator.device)
@@ -506,19 +406,14 @@ def train(config: VQGANTrainingConfig, model_config: VQGANConfig, dry_run: bool 
     metrics: dict[str, float] = {}
     while state.step < config.max_train_steps:
         if state.step == config.quantize_start and config.codebook_init == "data":
-            if hasattr(state.vqgan.quantize, "initialize_codebook"):
-                initialize_codebook(state, (batch["pixel_values"] for batch in batches(state.step)))
+            initialize_codebook(state, (batch["pixel_values"] for batch in batches(state.step)))
         quantizing = state.quantizing
         micro_batches = [next(loader) for _ in range(config.gradient_accumulation_steps)]
         output = training_step(state, [channels_last(config, batch["pixel_values"]) for batch in micro_batches])
         state.seconds = time.perf_counter() - started
         count_bad_images(state, micro_batches, global_batch)
 
-        restarted = 0
-        if quantizing:
-            state.health.update(output.indices)
-            if config.dead_code_restart_steps:
-                restarted = restart_dead_codes(state, output.latents)
+        restarted = update_codebook(state, output) if quantizing else 0
 
         progress.update()
         last = state.step == config.max_train_steps
@@ -542,20 +437,18 @@ def train(config: VQGANTrainingConfig, model_config: VQGANConfig, dry_run: bool 
             shown = ("l1", "perceptual", "adversarial", "perplexity", "usage")
             progress.set_postfix({name: f"{row[name]:.3g}" for name in shown if name in row})
         if (state.step % config.validation_steps == 0 and quantizing) or last:
-            metrics = validate(state, validation, metric)
-            run.log({"step": state.step} | {f"validation_{name}": value for name, value in metrics.items()})
-            metrics = run.write_report(state, metrics, validation, len(dataset))
+            metrics = validate(state, validation, metric, run)
             progress.write(
                 f"step {state.step}: validation PSNR {metrics['psnr']:.2f} dB, SSIM {metrics['ssim']:.3f}, "
                 f"LPIPS ({config.validation_net}) {metrics['lpips']:.3f}; training perplexity "
                 f"{metrics['perplexity']:.0f} of {state.health.num_codes}, usage {metrics['usage']:.1%}"
             )
         if state.step % config.checkpointing_steps == 0 or last:
-            run.save_checkpoint(state)
+            run.save_checkpoint(state.vqgan, state.step)
     progress.close()
     if not metrics:
         accelerator.print(f"The run in {config.output_dir} is already complete ({state.step} steps).")
-        metrics = json.loads((run.folder / "metrics.json").read_text())
+        metrics = run.read_metrics()
     if config.report_to:
         accelerator.end_training()
     return metrics
@@ -595,9 +488,18 @@ def build_state(
         )
     if perceptual is not None:
         perceptual = perceptual.to(accelerator.device, memory_format=memory_format)
-    health = CodebookHealth(model_config.num_vq_embeddings, config.codebook_window)
+    health = CodebookHealth(model_config.num_vq_embeddings, model_config.num_codebooks, config.codebook_window)
     state = TrainState(
-        config, accelerator, model, discriminator, perceptual, optimizer, scheduler, disc_optimizer, disc_scheduler, health
+        config,
+        accelerator,
+        model,
+        discriminator,
+        perceptual,
+        optimizer,
+        scheduler,
+        disc_optimizer,
+        disc_scheduler,
+        health,
     )
     accelerator.register_for_checkpointing(state)
     return state
@@ -642,7 +544,7 @@ def describe_plan(state: TrainState, dataset: TrainingImages, validation: Valida
     config, model = state.config, state.vqgan
     factor = model.config.downsample_factor
     side = config.resolution // factor
-    bits = math.log2(model.config.num_vq_embeddings) / factor**2
+    bits = model.config.num_codebooks * math.log2(model.config.num_vq_embeddings) / factor**2
     millions = {
         name: sum(p.numel() for p in network.parameters()) / 1e6
         for name, network in (("encoder", model.encoder), ("decoder", model.decoder), ("codebook", model.quantize))
@@ -656,8 +558,8 @@ def describe_plan(state: TrainState, dataset: TrainingImages, validation: Valida
     lines = {
         "data": f"{config.dataset_name}: {len(dataset.images):,} training images, {len(validation)} for validation",
         "parameters": ", ".join(f"{name} {count:.2f} M" for name, count in millions.items()),
-        "tokens": f"{config.resolution}x{config.resolution} pixels -> {side}x{side} codes of {model.config.num_vq_embeddings:,} "
-        f"({model.config.quantizer}, f{factor}, {bits:.3f} bits per pixel)",
+        "tokens": f"{config.resolution}x{config.resolution} pixels -> {side}x{side} codes of "
+        f"{model.config.num_vq_embeddings:,} ({model.config.quantizer}, f{factor}, {bits:.3f} bits per pixel)",
         "losses": ", ".join(f"{name} x {weight:g}" for name, weight in active.items()),
         "batch": f"{config.train_batch_size} x {config.gradient_accumulation_steps} accumulation x "
         f"{state.accelerator.num_processes} process(es) = {global_batch}",
@@ -668,167 +570,43 @@ def describe_plan(state: TrainState, dataset: TrainingImages, validation: Valida
     return "\n".join(f"{name:>10}: {text}" for name, text in lines.items())
 
 
-def validate(state: TrainState, validation: ValidationImages, metric: LPIPS) -> dict[str, float]:
-    """Measure the model on the validation images, which the processes share among them."""
-    accelerator = state.accelerator
+def validate(state: TrainState, validation: ValidationImages, metric: LPIPS, run: RunFolder) -> dict[str, float]:
+    """
+    Measure the model on the validation images, which the processes share among them; write metrics.json,
+    reconstructions.png and curves.png.
+
+    Returns:
+        What metrics.json says.
+    """
+    config, accelerator = state.config, state.accelerator
     mine = range(accelerator.process_index, len(validation), accelerator.num_processes)
-    images = (channels_last(state.config, validation[index][None]) for index in mine)
-    return evaluate_reconstruction(state.vqgan, images, metric).as_dict()
+    images = (channels_last(config, validation[index][None]) for index in mine)
+    found = evaluate_reconstruction(state.vqgan, images, metric).as_dict()
+    run.log({"step": state.step} | {f"validation_{name}": value for name, value in found.items()})
 
-
-class RunFolder:
-    """The output folder: which run it holds, its log, reports and checkpoints. Files appear whole or not at all."""
-
-    def __init__(self, config: VQGANTrainingConfig, model_config: VQGANConfig, accelerator: Accelerator):
-        self.config, self.accelerator = config, accelerator
-        self.folder = Path(config.output_dir)
-        not_identity = ("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "report_to", "cpu_threads")
-        identity = {name: value for name, value in asdict(config).items() if name not in not_identity}
-        self.identity = identity | {name: getattr(model_config, name) for name in model_fields()}
-
-    def open(self) -> Path | None:
-        """
-        Claim the folder for this run, and return the checkpoint to resume from, if any.
-
-        Raises:
-            FileExistsError: if the folder holds a run with other settings; it names them.
-            FileNotFoundError: if `resume_from_checkpoint` names nothing.
-        """
-        config, main = self.config, self.accelerator.is_main_process
-        if config.overwrite_output_dir and main and not config.resume_from_checkpoint:
-            shutil.rmtree(self.folder, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
-        settings = self.folder / CONFIG_FILE
-        if settings.is_file():
-            there, here = yaml.safe_load(settings.read_text()), yaml.safe_load(self._identity_yaml())
-            differing = [key for key in here.keys() | there.keys() if here.get(key) != there.get(key)]
-            if differing and not config.resume_from_checkpoint:
-                raise FileExistsError(
-                    f"{self.folder} holds another run; it differs in: {', '.join(sorted(differing))}. Choose another "
-                    "--output_dir, or replace that run with --overwrite_output_dir."
-                )
-        elif any(self.folder.glob("checkpoint-*")) or (self.folder / "config.json").exists():
-            raise FileExistsError(
-                f"{self.folder} holds a model or checkpoints, but no {CONFIG_FILE} that says of which run. Choose "
-                "another --output_dir, or replace them with --overwrite_output_dir."
-            )
-        checkpoint = self._find_checkpoint()
-        if main:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_text(settings, self._identity_yaml())
-        self.accelerator.wait_for_everyone()
-        return checkpoint
-
-    def _identity_yaml(self) -> str:
-        lists = {name: list(value) if isinstance(value, tuple) else value for name, value in self.identity.items()}
-        return yaml.safe_dump(lists, sort_keys=False)
-
-    def checkpoints(self) -> list[Path]:
-        """Checkpoint folders, oldest first."""
-        found = [path for path in self.folder.glob("checkpoint-*") if path.name.split("-")[1].isdigit()]
-        return sorted(found, key=lambda path: int(path.name.split("-")[1]))
-
-    def _find_checkpoint(self) -> Path | None:
-        asked = self.config.resume_from_checkpoint
-        if asked in (None, "latest"):
-            checkpoints = self.checkpoints()
-            if asked and not checkpoints:
-                raise FileNotFoundError(f"--resume_from_checkpoint latest: no checkpoint-N in {self.folder}.")
-            return checkpoints[-1] if checkpoints else None
-        if not Path(asked).is_dir():
-            raise FileNotFoundError(f"--resume_from_checkpoint {asked}: no such folder.")
-        return Path(asked)
-
-    def save_checkpoint(self, state: TrainState) -> None:
-        """checkpoint-N, whole or not at all, and the model beside it; then drop checkpoints past the limit."""
-        target = self.folder / f"checkpoint-{state.step}"
-        temporary = self.folder / f".checkpoint-{state.step}.tmp"
-        self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
-            shutil.rmtree(temporary, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
-        self.accelerator.save_state(str(temporary))
-        self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
-            shutil.rmtree(target, ignore_errors=True)
-            temporary.rename(target)
-            self._save_model(state)
-            limit = self.config.checkpoints_total_limit
-            for old in self.checkpoints()[:-limit] if limit else []:
-                shutil.rmtree(old)
-        self.accelerator.wait_for_everyone()
-
-    def _save_model(self, state: TrainState) -> None:
-        resolution = self.config.resolution
-        processor = VQGANImageProcessor(
-            size={"shortest_edge": resolution},
-            crop_size={"height": resolution, "width": resolution},
-            size_divisor=state.vqgan.config.downsample_factor,
-        )
-        temporary = self.folder / ".model.tmp"
-        shutil.rmtree(temporary, ignore_errors=True)
-        state.vqgan.save_pretrained(temporary)
-        processor.save_pretrained(temporary)
-        for file in temporary.iterdir():
-            file.replace(self.folder / file.name)
-        temporary.rmdir()
-
-    def log(self, row: dict[str, float]) -> None:
-        """Append to log.jsonl and to the trackers."""
-        if self.accelerator.is_main_process:
-            with open(self.folder / LOG_FILE, "a") as file:
-                file.write(json.dumps(row) + "\n")
-        self.accelerator.log({name: value for name, value in row.items() if name != "step"}, step=row["step"])
-
-    def read_log(self) -> list[dict[str, float]]:
-        file = self.folder / LOG_FILE
-        return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
-
-    def truncate_log(self, step: int) -> None:
-        """Forget what an interrupted run logged after the checkpoint that is now resumed."""
-        if self.accelerator.is_main_process:
-            rows = [row for row in self.read_log() if row["step"] <= step]
-            write_text(self.folder / LOG_FILE, "".join(json.dumps(row) + "\n" for row in rows))
-
-    def write_report(self, state: TrainState, validation_metrics: dict, validation, train_size: int) -> dict[str, float]:
-        """metrics.json, reconstructions.png and curves.png; returns what metrics.json says."""
-        config, report = state.config, state.health.report()
-        size = "whole images" if config.validate_whole_images else f"central {config.resolution}-pixel squares"
-        metrics = {name: value for name, value in validation_metrics.items() if name not in ("perplexity", "usage")}
-        metrics |= {
-            "perplexity": report.perplexity,
-            "usage": report.usage,
-            "validation_perplexity": validation_metrics["perplexity"],
-            "validation_usage": validation_metrics["usage"],
-            "num_codes": state.health.num_codes,
-            "steps": state.step,
-            "seconds": round(state.seconds, 1),
-            "unreadable_images": state.unreadable,
-            "upscaled_images": state.upscaled,
-            "measured_on": {
-                "psnr, ssim, lpips, l1, validation_*": f"{len(validation)} validation images of {config.dataset_name} "
-                f"({size}), pixels clamped and mapped to [0, 1], mean over images; LPIPS v0.1 {config.validation_net}",
-                "perplexity, usage": f"codes of the training crops of the last {report.window_steps} steps "
-                f"({report.positions:,} positions); usage is the share of codes hit at least once",
-                "seconds": "training loop with validation, without set-up",
-            },
-        }
-        if self.accelerator.is_main_process:
-            write_text(self.folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
-            pictures = min(config.validation_pictures, len(validation))
-            save_image(draw_reconstructions(state.vqgan, [validation[i] for i in range(pictures)]),
-                       self.folder / "reconstructions.png")  # fmt: skip
-            save_image(draw_curves(self.read_log(), state.health.num_codes), self.folder / "curves.png")
-        return metrics
-
-
-def write_text(file: Path, text: str) -> None:
-    temporary = file.with_name(f".{file.name}.tmp")
-    temporary.write_text(text)
-    temporary.replace(file)
-
-
-def save_image(image, file: Path) -> None:
-    temporary = file.with_name(f".{file.name}")
-    image.save(temporary)
-    temporary.replace(file)
+    report = state.health.report()
+    size = "whole images" if config.validate_whole_images else f"central {config.resolution}-pixel squares"
+    of_codes = ("perplexity", "usage")
+    metrics = {name: value for name, value in found.items() if name not in of_codes}
+    metrics |= {name: getattr(report, name) for name in of_codes}
+    metrics |= {f"validation_{name}": found[name] for name in of_codes}
+    metrics |= {
+        "num_codes": state.health.num_codes,
+        "steps": state.step,
+        "seconds": round(state.seconds, 1),
+        "unreadable_images": state.unreadable,
+        "upscaled_images": state.upscaled,
+        "measured_on": {
+            "psnr, ssim, lpips, l1, validation_*": f"{len(validation)} validation image(s) of {config.dataset_name} "
+            f"({size}), pixels clamped and mapped to [0, 1], mean over images; LPIPS v0.1 {config.validation_net}",
+            "perplexity, usage": f"codes of the training crops of the last {report.window_steps} steps "
+            f"({report.positions:,} positions); usage is the share of codes hit at least once",
+            "seconds": "training loop with validation, without set-up",
+        },
+    }
+    run.write_metrics(metrics)
+    if accelerator.is_main_process:
+        shown = [validation[index] for index in range(min(config.validation_pictures, len(validation)))]
+        run.save_picture("reconstructions.png", draw_reconstructions(state.vqgan, shown))
+        run.save_picture("curves.png", draw_curves(run.read_log(), state.health.num_codes))
+    return metrics

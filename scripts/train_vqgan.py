@@ -29,7 +29,13 @@ def main() -> None:
         config, model, flags = parser.parse()
         model_config = VQGANConfig(**{"sample_size": config.resolution} | given(model))
         train(config, model_config, dry_run=flags.dry_run)
-    except (ValueError, FileNotFoundError, FileExistsError, FloatingPointError, datasets.exceptions.DatasetsError) as error:
+    except (
+        ValueError,
+        FileNotFoundError,
+        FileExistsError,
+        FloatingPointError,
+        datasets.exceptions.DatasetsError,
+    ) as error:
         sys.exit(f"{Path(__file__).name}: error: {error}")
 
 

@@ -24,6 +24,15 @@ TINY = dict(
     sample_size=16,
 )
 
+# What some quantizers need on top of TINY (whose vq_embed_dim is 4).
+SPECIAL = {
+    "fsq": {"fsq_levels": (3, 4, 2, 2)},
+    "lfq": {"num_vq_embeddings": 2**4},
+    "bsq": {"num_vq_embeddings": 2**4},
+    "residual": {"num_codebooks": 3},
+    "grouped": {"num_codebooks": 2},
+}
+
 
 @pytest.fixture(autouse=True)
 def seeded():

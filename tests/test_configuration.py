@@ -1,7 +1,8 @@
 import pytest
+from conftest import SPECIAL, TINY
 from huggingface_hub.errors import StrictDataclassError
 
-from hf_vqgan import VQGANConfig, VQGANModel
+from hf_vqgan import QUANTIZERS, VQGANConfig, VQGANModel
 from hf_vqgan.configuration_vqgan import model_fields
 
 
@@ -22,6 +23,16 @@ def test_misspelt_field_is_reported_with_the_right_name():
         ({"num_vq_embeddings": 0}, "num_vq_embeddings=0 must be at least 1"),
         ({"norm_type": "batch"}, "norm_type='batch'"),
         ({"down_block_types": ("DownEncoderBlock2D",)}, "down_block_types has 1 entries"),
+        (
+            {"quantizer": "lfq", "num_vq_embeddings": 100, "vq_embed_dim": 8},
+            r"num_vq_embeddings=100 must be 2\*\*vq_embed",
+        ),
+        ({"quantizer": "fsq"}, "fsq_levels=None"),
+        ({"quantizer": "residual"}, "num_codebooks=1 does not go with quantizer='residual'"),
+        ({"num_codebooks": 2}, "num_codebooks=2 does not go with quantizer='vq'"),
+        ({"quantizer": "grouped", "num_codebooks": 3, "vq_embed_dim": 8}, "vq_embed_dim=8 is not a multiple"),
+        ({"quantizer": "residual", "num_codebooks": 2, "base_quantizer": "fsq"}, "base_quantizer='fsq' must be one of"),
+        ({"ema_decay": 1.5}, "ema_decay=1.5 must be in"),
         ({"norm_type": "spatial", "vq_embed_dim": 8, "latent_channels": 16}, "vq_embed_dim=8 must.*latent_channels=16"),
     ],
 )
@@ -35,7 +46,7 @@ def test_wrong_type_is_named():
         VQGANConfig(num_vq_embeddings="many")
 
 
-def test_every_field_is_read(tiny_config, pixels):
+def test_every_field_is_read(pixels):
     """A field that neither the model, nor the trainer, nor the exported diffusers model reads is a lie."""
     read = set()
 
@@ -44,12 +55,13 @@ def test_every_field_is_read(tiny_config, pixels):
             read.add(name)
             return super().__getattribute__(name)
 
-    values = {name: getattr(tiny_config, name) for name in model_fields()}
-    config = Watched(**values)
-    read.clear()
-    model = VQGANModel(config)
-    model(pixels)
-    exported = set(model.to_diffusers().config)
-    # Read by diffusers' pipelines from `vae.config`, and by the trainer for each loss of the quantizer.
-    by_others = {"shift_factor"} | {f"{loss}_weight" for loss in model.quantize.loss_names}
-    assert set(model_fields()) <= read | exported | by_others
+    by_others = {"shift_factor"}  # read by diffusers' pipelines from `vae.config`
+    for name in QUANTIZERS:
+        config = Watched(quantizer=name, **TINY | SPECIAL.get(name, {}))
+        read.clear()
+        model = VQGANModel(config)
+        model(pixels)
+        by_others |= read | {f"{loss}_weight" for loss in model.quantize.loss_names}  # the trainer's, by that name
+        if model.quantize.to_codebook() is not None:
+            by_others |= set(model.to_diffusers().config)
+    assert set(model_fields()) <= by_others

@@ -50,7 +50,9 @@ def test_parquet_with_other_columns_and_names(tmp_path):
 
 
 def test_dataset_without_images(tmp_path):
-    Dataset.from_dict({"text": ["a", "b"]}, features=Features({"text": Value("string")})).to_parquet(tmp_path / "t.parquet")
+    Dataset.from_dict({"text": ["a", "b"]}, features=Features({"text": Value("string")})).to_parquet(
+        tmp_path / "t.parquet"
+    )
     with pytest.raises(ValueError, match="no image columns; its columns are text"):
         load_image_datasets(str(tmp_path))
 

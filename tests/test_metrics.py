@@ -18,7 +18,7 @@ def test_perplexity_closed_forms():
 def test_health_counts_the_window_only():
     health = CodebookHealth(num_codes=6, window=2)
     for step in ([0, 0, 1], [2, 2, 2], [2, 3, 3]):
-        health.update(torch.tensor(step))
+        health.update(torch.tensor(step).view(1, 1, -1))
     assert health.counts.tolist() == [0, 0, 4, 2, 0, 0]
     assert health.age.tolist() == [2, 2, 0, 0, 3, 3]  # 4 and 5 were never hit
     report = health.report()
@@ -29,28 +29,37 @@ def test_health_counts_the_window_only():
 
 
 def test_health_state_survives_a_checkpoint(tmp_path):
-    health, restored = CodebookHealth(6, 2), CodebookHealth(6, 2)
+    health, restored = CodebookHealth(6, window=2), CodebookHealth(6, window=2)
     for step in ([0, 1], [2, 2]):
-        health.update(torch.tensor(step))
+        health.update(torch.tensor(step).view(1, 1, -1))
     torch.save(health.state_dict(), tmp_path / "state.pt")
     restored.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
     for each in (health, restored):
-        each.update(torch.tensor([5, 5]))
+        each.update(torch.tensor([[[5, 5]]]))
     assert restored.report() == health.report()
+
+
+def test_several_codebooks_have_a_histogram_each():
+    health = CodebookHealth(num_codes=4, num_codebooks=2, window=5)
+    health.update(torch.tensor([[[[0, 3], [1, 3], [2, 3], [3, 3]]]]))
+    assert health.counts.tolist() == [1, 1, 1, 1, 0, 0, 0, 4]
+    report = health.report()
+    assert (report.perplexity, report.usage, report.positions) == (pytest.approx((4 + 1) / 2), 5 / 8, 4)
+    assert report.top_code_share == 1
 
 
 def test_empty_health_and_bad_window():
     assert CodebookHealth(4).report().perplexity == 0
     with pytest.raises(ValueError, match="window=0"):
-        CodebookHealth(4, 0)
+        CodebookHealth(4, window=0)
 
 
 def test_reconstruction_figures_are_torchmetrics(tiny_model):
     """Per image, then averaged: the same for any batch size, and equal to the reference on [0, 1] images."""
     images = torch.rand(6, 3, 32, 32) * 2 - 1
     reports = [evaluate_reconstruction(tiny_model, images.split(size)) for size in (1, 4, 6)]
-    assert reports[0].as_dict() == pytest.approx(reports[1].as_dict())
-    assert reports[0].as_dict() == pytest.approx(reports[2].as_dict())
+    assert reports[0].as_dict() == pytest.approx(reports[1].as_dict(), rel=1e-4)
+    assert reports[0].as_dict() == pytest.approx(reports[2].as_dict(), rel=1e-4)
     with torch.no_grad():
         sample = tiny_model(images).sample.clamp(-1, 1) / 2 + 0.5
     psnr = PeakSignalNoiseRatio(data_range=1.0, dim=(1, 2, 3), reduction="elementwise_mean")

@@ -157,7 +157,6 @@ def run_config(image_folder, random_trunk, output_dir, **fields) -> VQGANTrainin
         quantize_start=1,
         dead_code_restart_steps=2,
         perceptual_net="alex",
-        
         perceptual_weights_path=str(random_trunk / "alex.safetensors"),
         disc_start=2,
         disc_channels=8,
@@ -209,7 +208,10 @@ def test_resumed_run_ends_in_the_same_weights(image_folder, random_trunk, tmp_pa
     resumed = VQGANModel.from_pretrained(tmp_path / "stopped").state_dict()
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     losses = [
-        [{k: v for k, v in json.loads(line).items() if k != "images_per_second"} for line in file.read_text().splitlines()]
+        [
+            {k: v for k, v in json.loads(line).items() if k != "images_per_second"}
+            for line in file.read_text().splitlines()
+        ]
         for file in (tmp_path / "whole" / "log.jsonl", tmp_path / "stopped" / "log.jsonl")
     ]
     assert losses[0] == losses[1]
@@ -264,7 +266,9 @@ def test_too_many_unreadable_images_stop_the_run(image_folder, random_trunk, tmp
     config = run_config(image_folder, random_trunk, tmp_path / "run", max_train_steps=40)
     with pytest.raises(ValueError, match="training images could not be read, more than max_unreadable_share=0.2"):
         train(config, tiny)
-    tolerant = dataclasses.replace(config, max_unreadable_share=1.0, max_train_steps=3, output_dir=str(tmp_path / "other"))
+    tolerant = dataclasses.replace(
+        config, max_unreadable_share=1.0, max_train_steps=3, output_dir=str(tmp_path / "other")
+    )
     assert train(tolerant, tiny)["unreadable_images"] > 0
 
 

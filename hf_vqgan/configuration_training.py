@@ -1,0 +1,123 @@
+"""Everything about a training run but the model's architecture."""
+
+import dataclasses
+from dataclasses import dataclass, field
+
+from .losses import ADVERSARIAL_LOSSES
+from .lpips_weights import NETWORKS
+
+
+def option(default, help: str, choices: tuple[str, ...] | None = None):
+    """A field of the training configuration with the help text of its command-line flag."""
+    metadata = {"help": help} | ({"choices": choices} if choices else {})
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class VQGANTrainingConfig:
+    """Everything about a training run but the model's architecture. Every field is a flag of `train_vqgan.py`."""
+
+    # What a run reads and writes
+    dataset_name: str = option("", "Hub dataset, local path that load_dataset reads, or package:NAME/FOLDER.")
+    dataset_config_name: str | None = option(None, "Configuration of the dataset.")
+    dataset_revision: str | None = option(None, "Branch, tag or commit of a Hub dataset.")
+    train_split: str = option("train", "Split to train on.")
+    validation_split: str | None = option(None, "Default: `validation`, else `test`, else images held out of train.")
+    train_files: list[str] = option([], "Patterns of the training files inside the dataset. Default: all.")
+    validation_files: list[str] = option([], "Patterns of the validation files inside the dataset.")
+    image_column: str | None = option(None, "Column with the images. Default: the only image column.")
+    max_train_samples: int | None = option(None, "Use only the first so many training images.")
+    max_validation_samples: int | None = option(64, "Use only the first so many validation images.")
+    cache_dir: str | None = option(None, "Where `datasets` keeps what it downloads.")
+    output_dir: str = option("runs/vqgan", "Folder of the run: model, pictures, metrics and checkpoints.")
+    overwrite_output_dir: bool = option(False, "Delete the run that is in output_dir, if there is one.")
+    resume_from_checkpoint: str | None = option(
+        None, "`latest`, or a checkpoint folder. Without it, the same command run again resumes too."
+    )
+
+    # From images to pixels
+    resolution: int = option(256, "Side in pixels of the square crops to train on.")
+    resize: int | None = option(None, "Shorter side before cropping. Default: resolution. 0: keep the image's size.")
+    center_crop: bool = option(False, "Crop the centre instead of a random place.")
+    random_flip: bool = option(True, "Mirror half of the crops.")
+    crops_per_image: int = option(1, "Crops that one image yields per epoch.")
+    validate_whole_images: bool = option(False, "Validate on whole images instead of their central square.")
+    max_unreadable_share: float = option(0.2, "Stop when a larger share of the training images cannot be decoded.")
+    dataloader_num_workers: int = option(0, "Processes that decode images, per training process.")
+
+    # The three losses (losses.py) and their weights
+    l1_weight: float = option(1.0, "Weight of |x̂ - x|: counts pixels.")
+    l2_weight: float = option(0.0, "Weight of (x̂ - x)².")
+    perceptual_weight: float = option(1.0, "Weight of LPIPS: compares features.")
+    perceptual_net: str = option("vgg", "LPIPS network for training.", choices=tuple(NETWORKS))
+    perceptual_weights_path: str | None = option(None, "File with the LPIPS network's weights. Default: fetched.")
+    perceptual_upscale: int = option(1, "Enlarge crops this many times before LPIPS; 2 helps crops below 64 pixels.")
+    adversarial_weight: float = option(0.8, "Weight of the adversarial loss: keeps pace with the decoder. 0: none.")
+    adversarial_loss: str = option("hinge", "Form of the adversarial loss.", choices=ADVERSARIAL_LOSSES)
+    adaptive_weight: bool = option(True, "Scale the adversarial gradient to the reconstruction gradient's size.")
+    adaptive_weight_max: float = option(1e4, "Cap of that scale.")
+    disc_start: int = option(0, "Step at which the discriminator starts to train.")
+    disc_ramp_steps: int = option(0, "Steps over which the adversarial weight then grows from 0 to full.")
+    disc_channels: int = option(64, "Channels of the discriminator's first layer.")
+    disc_layers: int = option(3, "Stride-2 layers of the discriminator: patches of 16, 34, 70 pixels for 1, 2, 3.")
+
+    # Codebook
+    quantize_start: int = option(0, "Steps to train as a plain autoencoder before quantizing.")
+    codebook_init: str = option("data", "Codebook at quantize_start: k-means of latents, or left as it is.",
+                                choices=("data", "none"))  # fmt: skip
+    dead_code_restart_steps: int = option(0, "Move codes unused for this many steps onto current latents. 0: never.")
+    codebook_window: int = option(100, "Training steps over which perplexity and usage are counted.")
+
+    # Optimisation
+    train_batch_size: int = option(16, "Images per process and forward pass.")
+    gradient_accumulation_steps: int = option(1, "Forward passes per optimizer step.")
+    max_train_steps: int | None = option(None, "Optimizer steps. Default: what num_train_epochs gives.")
+    num_train_epochs: int = option(1, "Passes over the data, if max_train_steps is not given.")
+    learning_rate: float = option(1e-4, "Learning rate of encoder, quantizer and decoder.")
+    disc_learning_rate: float | None = option(None, "Learning rate of the discriminator. Default: learning_rate.")
+    lr_scheduler: str = option("constant", "Schedule of both rates, a name that diffusers' get_scheduler knows.")
+    lr_warmup_steps: int = option(0, "Steps of linear warm-up.")
+    adam_beta1: float = option(0.5, "Adam's β1, both networks.")
+    adam_beta2: float = option(0.9, "Adam's β2, both networks.")
+    adam_weight_decay: float = option(0.0, "AdamW's weight decay, both networks.")
+    adam_epsilon: float = option(1e-8, "Adam's ε, both networks.")
+    max_grad_norm: float = option(1.0, "Clip each network's gradient to this norm. 0: never.")
+    mixed_precision: str = option("no", "Autocast.", choices=("no", "bf16", "fp16"))
+    channels_last: bool = option(True, "Keep activations in channels_last memory format.")
+    cpu_threads: int | None = option(None, "Threads per process on CPU. Default: the cores shared evenly.")
+    seed: int = option(0, "Seed of everything random.")
+
+    # Watching and keeping
+    logging_steps: int = option(10, "Steps between lines of log.jsonl and tracker entries.")
+    validation_steps: int = option(500, "Steps between validations.")
+    validation_net: str = option("alex", "LPIPS network of the reported metric.", choices=tuple(NETWORKS))
+    validation_pictures: int = option(4, "Validation images in reconstructions.png.")
+    checkpointing_steps: int = option(500, "Steps between checkpoints; there is always one at the end.")
+    checkpoints_total_limit: int | None = option(2, "Keep only the latest so many checkpoints.")
+    report_to: str | None = option(None, "Tracker, as Accelerate names it: tensorboard, wandb, trackio, all.")
+
+    def __post_init__(self):
+        for name in ("resolution", "crops_per_image", "train_batch_size", "gradient_accumulation_steps",
+                     "num_train_epochs", "logging_steps", "validation_steps", "checkpointing_steps",
+                     "codebook_window", "perceptual_upscale", "disc_layers"):  # fmt: skip
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+        for name in ("l1_weight", "l2_weight", "perceptual_weight", "adversarial_weight", "learning_rate",
+                     "disc_start", "disc_ramp_steps", "quantize_start", "dead_code_restart_steps",
+                     "lr_warmup_steps", "max_grad_norm", "dataloader_num_workers"):  # fmt: skip
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} must not be negative.")
+        for config_field in dataclasses.fields(self):
+            choices = config_field.metadata.get("choices")
+            if choices and getattr(self, config_field.name) not in choices:
+                raise ValueError(f"{config_field.name}={getattr(self, config_field.name)!r} must be one of {choices}.")
+        if not (self.l1_weight or self.l2_weight or self.perceptual_weight):
+            raise ValueError("l1_weight, l2_weight and perceptual_weight are all 0: nothing says what to reconstruct.")
+        if not 0 <= self.max_unreadable_share <= 1:
+            raise ValueError(f"max_unreadable_share={self.max_unreadable_share} must be in [0, 1].")
+        if self.max_train_steps is not None and self.max_train_steps < 1:
+            raise ValueError(f"max_train_steps={self.max_train_steps} must be at least 1.")
+        if not self.dataset_name:
+            raise ValueError("dataset_name is empty: name a Hub dataset, a local folder, or package:NAME/FOLDER.")

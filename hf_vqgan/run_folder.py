@@ -1,0 +1,152 @@
+"""A run's output folder: which run it holds, its log, reports, pictures and checkpoints."""
+
+import json
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+
+import yaml
+from accelerate import Accelerator
+from PIL import Image
+
+from .configuration_training import VQGANTrainingConfig
+from .configuration_vqgan import VQGANConfig, model_fields
+from .image_processing_vqgan import VQGANImageProcessor
+from .modeling_vqgan import VQGANModel
+
+CONFIG_FILE = "training_config.yaml"
+LOG_FILE = "log.jsonl"
+
+
+class RunFolder:
+    """The output folder of one run. Files appear in it whole or not at all."""
+
+    def __init__(self, config: VQGANTrainingConfig, model_config: VQGANConfig, accelerator: Accelerator):
+        self.config, self.accelerator = config, accelerator
+        self.folder = Path(config.output_dir)
+        not_identity = ("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "report_to", "cpu_threads")
+        identity = {name: value for name, value in asdict(config).items() if name not in not_identity}
+        self.identity = identity | {name: getattr(model_config, name) for name in model_fields()}
+
+    def open(self) -> Path | None:
+        """
+        Claim the folder for this run, and return the checkpoint to resume from, if any.
+
+        Raises:
+            FileExistsError: if the folder holds a run with other settings; it names them.
+            FileNotFoundError: if `resume_from_checkpoint` names nothing.
+        """
+        config, main = self.config, self.accelerator.is_main_process
+        if config.overwrite_output_dir and main and not config.resume_from_checkpoint:
+            shutil.rmtree(self.folder, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        settings = self.folder / CONFIG_FILE
+        if settings.is_file():
+            there, here = yaml.safe_load(settings.read_text()), yaml.safe_load(self._identity_yaml())
+            differing = [key for key in here.keys() | there.keys() if here.get(key) != there.get(key)]
+            if differing and not config.resume_from_checkpoint:
+                raise FileExistsError(
+                    f"{self.folder} holds another run; it differs in: {', '.join(sorted(differing))}. Choose another "
+                    "--output_dir, or replace that run with --overwrite_output_dir."
+                )
+        elif any(self.folder.glob("checkpoint-*")) or (self.folder / "config.json").exists():
+            raise FileExistsError(
+                f"{self.folder} holds a model or checkpoints, but no {CONFIG_FILE} that says of which run. Choose "
+                "another --output_dir, or replace them with --overwrite_output_dir."
+            )
+        checkpoint = self._find_checkpoint()
+        if main:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_text(settings, self._identity_yaml())
+        self.accelerator.wait_for_everyone()
+        return checkpoint
+
+    def _identity_yaml(self) -> str:
+        lists = {name: list(value) if isinstance(value, tuple) else value for name, value in self.identity.items()}
+        return yaml.safe_dump(lists, sort_keys=False)
+
+    def checkpoints(self) -> list[Path]:
+        """Checkpoint folders, oldest first."""
+        found = [path for path in self.folder.glob("checkpoint-*") if path.name.split("-")[1].isdigit()]
+        return sorted(found, key=lambda path: int(path.name.split("-")[1]))
+
+    def _find_checkpoint(self) -> Path | None:
+        asked = self.config.resume_from_checkpoint
+        if asked in (None, "latest"):
+            checkpoints = self.checkpoints()
+            if asked and not checkpoints:
+                raise FileNotFoundError(f"--resume_from_checkpoint latest: no checkpoint-N in {self.folder}.")
+            return checkpoints[-1] if checkpoints else None
+        if not Path(asked).is_dir():
+            raise FileNotFoundError(f"--resume_from_checkpoint {asked}: no such folder.")
+        return Path(asked)
+
+    def save_checkpoint(self, model: VQGANModel, step: int) -> None:
+        """checkpoint-N, whole or not at all, and the model beside it; then drop checkpoints past the limit."""
+        target = self.folder / f"checkpoint-{step}"
+        temporary = self.folder / f".checkpoint-{step}.tmp"
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            shutil.rmtree(temporary, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self.accelerator.save_state(str(temporary))
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            shutil.rmtree(target, ignore_errors=True)
+            temporary.rename(target)
+            self._save_model(model)
+            limit = self.config.checkpoints_total_limit
+            for old in self.checkpoints()[:-limit] if limit else []:
+                shutil.rmtree(old)
+        self.accelerator.wait_for_everyone()
+
+    def _save_model(self, model: VQGANModel) -> None:
+        resolution = self.config.resolution
+        processor = VQGANImageProcessor(
+            size={"shortest_edge": resolution},
+            crop_size={"height": resolution, "width": resolution},
+            size_divisor=model.config.downsample_factor,
+        )
+        temporary = self.folder / ".model.tmp"
+        shutil.rmtree(temporary, ignore_errors=True)
+        model.save_pretrained(temporary)
+        processor.save_pretrained(temporary)
+        for file in temporary.iterdir():
+            file.replace(self.folder / file.name)
+        temporary.rmdir()
+
+    def log(self, row: dict[str, float]) -> None:
+        """Append to log.jsonl and to the trackers."""
+        if self.accelerator.is_main_process:
+            with open(self.folder / LOG_FILE, "a") as file:
+                file.write(json.dumps(row) + "\n")
+        self.accelerator.log({name: value for name, value in row.items() if name != "step"}, step=row["step"])
+
+    def read_log(self) -> list[dict[str, float]]:
+        file = self.folder / LOG_FILE
+        return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+
+    def truncate_log(self, step: int) -> None:
+        """Forget what an interrupted run logged after the checkpoint that is now resumed."""
+        if self.accelerator.is_main_process:
+            rows = [row for row in self.read_log() if row["step"] <= step]
+            write_text(self.folder / LOG_FILE, "".join(json.dumps(row) + "\n" for row in rows))
+
+    def write_metrics(self, metrics: dict) -> None:
+        if self.accelerator.is_main_process:
+            write_text(self.folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+
+    def read_metrics(self) -> dict:
+        return json.loads((self.folder / "metrics.json").read_text())
+
+    def save_picture(self, name: str, image: Image.Image) -> None:
+        temporary = self.folder / f".{name}"
+        image.save(temporary)
+        temporary.replace(self.folder / name)
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write a file so that it is there whole or not at all."""
+    temporary = file.with_name(f".{file.name}.tmp")
+    temporary.write_text(text)
+    temporary.replace(file)

@@ -1,0 +1,87 @@
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import yaml
+
+from hf_vqgan import VQGANConfig
+from hf_vqgan.arguments import ModelArguments, RecipeParser, given
+from hf_vqgan.configuration_vqgan import model_fields
+from hf_vqgan.training import VQGANTrainingConfig
+
+RECIPES = sorted((Path(__file__).parent.parent / "scripts" / "recipes").glob("*.yaml"))
+
+
+@dataclass
+class Options:
+    dataset_name: str = "default"
+    image_column: str | None = None
+    rate: float = 1.0
+    sizes: list[int] = field(default_factory=list)
+    flag: bool = True
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    file = tmp_path / "recipe.yaml"
+    file.write_text("dataset_name: mine\nimage_column: picture\nrate: 1e-4\nsizes: [1, 2]\nflag: false\n")
+    return file
+
+
+def test_precedence(recipe):
+    parser = RecipeParser((Options,))
+    assert parser.parse([])[0] == Options()
+    options, _ = parser.parse(["--config", str(recipe)])
+    assert options == Options("mine", "picture", 1e-4, [1, 2], False)
+    options, _ = parser.parse([f"--config={recipe}", "--rate", "2", "--sizes", "3", "--flag", "true"])
+    assert options == Options("mine", "picture", 2.0, [3], True)
+
+
+def test_another_dataset_discards_the_recipes_description_of_its_own(recipe):
+    options, _ = RecipeParser((Options,), default_recipe=recipe).parse(["--dataset_name", "other"])
+    assert options == Options("other", None, 1e-4, [1, 2], False)
+    options, _ = RecipeParser((Options,), default_recipe=recipe).parse(["--config", "none"])
+    assert options == Options()
+
+
+@pytest.mark.parametrize(
+    "text, argv, message",
+    [
+        ("", ["--raet", "1"], "unknown argument '--raet'; did you mean --rate?"),
+        ("", ["--rat", "1"], "unknown argument '--rat'; did you mean --rate?"),  # no silent abbreviations
+        ("raet: 1", [], "unknown key 'raet'; did you mean --rate?"),
+        ("rate: fast", [], "argument --rate: invalid float value: 'fast'"),
+        ("- rate", [], "expected `key: value` lines, found a list"),
+        ("rate: [", [], "is not YAML"),
+        (None, [], "no such file"),
+    ],
+)
+def test_errors_are_one_line(tmp_path, capsys, text, argv, message):
+    file = tmp_path / "recipe.yaml"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(SystemExit) as stop:
+        RecipeParser((Options,), default_recipe=file).parse(argv)
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error and "usage" not in error
+
+
+def test_every_model_field_is_a_flag():
+    argv = []
+    config = VQGANConfig()
+    for name in model_fields():
+        value = (8, 5) if name == "fsq_levels" else getattr(config, name)
+        argv += [f"--{name}", *(map(str, value) if isinstance(value, tuple) else [str(value)])]
+    arguments, _ = RecipeParser((ModelArguments,)).parse(argv)
+    assert VQGANConfig(**given(arguments)).to_dict() == config.to_dict() | {"fsq_levels": [8, 5]}
+
+
+@pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)
+def test_recipes_hold_known_keys_and_no_defaults(file):
+    """A value that equals the default is said twice, and will contradict itself one day."""
+    training, model, _ = RecipeParser((VQGANTrainingConfig, ModelArguments)).parse(["--config", str(file)])
+    VQGANConfig(**given(model))
+    defaults = VQGANTrainingConfig(dataset_name="x")
+    repeated = [key for key, value in yaml.safe_load(file.read_text()).items() if getattr(defaults, key, ...) == value]
+    assert repeated == []
