@@ -69,6 +69,9 @@ class VQGANTrainingConfig:
                                 choices=("data", "none"))  # fmt: skip
     dead_code_restart_steps: int = option(0, "Move codes unused for this many steps onto current latents. 0: never.")
     codebook_window: int = option(100, "Training steps over which perplexity and usage are counted.")
+    stop_on_collapse: bool = option(False, "Stop, instead of only warning, when the codebook has collapsed.")
+    entropy_anneal_factor: float = option(1.0, "The entropy loss starts with so many times its weight.")
+    entropy_anneal_steps: int = option(0, "Steps over which that factor falls linearly to 1.")
 
     # Optimisation
     train_batch_size: int = option(16, "Images per process and forward pass.")

@@ -88,6 +88,7 @@ class CodebookHealth:
         self.recent: deque[Tensor] = deque()
         self.counts = torch.zeros(num_codebooks * num_codes, dtype=torch.int64)
         self.age = torch.zeros_like(self.counts)  # steps since each code was last hit
+        self.best_perplexity = 0.0  # at any diagnosis
 
     def update(self, indices: Tensor) -> None:
         """Count one step's `indices`, `(B, h, w)` or `(B, h, w, n)`; call it on every process, with equal shapes."""
@@ -111,11 +112,43 @@ class CodebookHealth:
             positions=total,
         )
 
+    def diagnosis(self, low: float = 0.1, fall: float = 0.5) -> str | None:
+        """
+        What is wrong with the codebook, in words that name the remedies; `None` if nothing is, or before the window has
+        filled for the first time.
+
+        It is called collapsed when perplexity is below `low` times what the window allows (K codes, or as many as there
+        were positions), and falling when it is below `fall` times its best so far.
+        """
+        if len(self.recent) < self.window:
+            return None
+        report = self.report()
+        self.best_perplexity = max(self.best_perplexity, report.perplexity)
+        possible = min(self.num_codes, report.positions)
+        if report.perplexity < low * possible:
+            problem = f"has collapsed: perplexity {report.perplexity:.1f} of {possible} possible"
+        elif report.perplexity < fall * self.best_perplexity:
+            problem = f"is shrinking: perplexity {report.perplexity:.1f}, {self.best_perplexity:.1f} before"
+        else:
+            return None
+        return (
+            f"The codebook {problem}, {report.usage:.1%} of the codes used in {self.window} steps. "
+            "Remedies, best first: --quantizer vq_ema with --codebook_init data and --dead_code_restart_steps; "
+            "low-dimensional cosine codes (--vq_embed_dim 8 --codebook_l2_norm true); --quantizer simvq or fsq; fewer "
+            "codes (--num_vq_embeddings)."
+        )
+
     def state_dict(self) -> dict:
-        return {"recent": list(self.recent), "counts": self.counts, "age": self.age}
+        return {
+            "recent": list(self.recent),
+            "counts": self.counts,
+            "age": self.age,
+            "best_perplexity": self.best_perplexity,
+        }
 
     def load_state_dict(self, state: dict) -> None:
         self.recent, self.counts, self.age = deque(state["recent"]), state["counts"], state["age"]
+        self.best_perplexity = state["best_perplexity"]
 
 
 @dataclass

@@ -14,20 +14,29 @@ from torchvision.utils import make_grid
 from .modeling_vqgan import VQGANModel
 
 
+def first_codebook(model: VQGANModel) -> Tensor:
+    """The codes `(K, D)`, float32; of several codebooks the first, with code 0 of the others."""
+    quantizer = model.quantize
+    indices = torch.arange(quantizer.num_codes, device=model.device)
+    if quantizer.num_codebooks > 1:
+        indices = F.pad(indices[:, None], (0, quantizer.num_codebooks - 1))
+    return quantizer.code_vectors(indices).detach().float()
+
+
 def code_colours(model: VQGANModel) -> Tensor:
     """
     One RGB colour in [-1, 1] per code of the first codebook, `(K, 3)`: its coordinates along the codebook's three
     principal axes, ranked, so that similar codes look alike and every shade is used.
     """
-    quantizer = model.quantize
-    indices = torch.arange(quantizer.num_codes, device=model.device)
-    if quantizer.num_codebooks > 1:
-        indices = F.pad(indices[:, None], (0, quantizer.num_codebooks - 1))
-    codes = quantizer.code_vectors(indices).detach().float()  # (K, D)
-    axes = torch.linalg.svd(codes - codes.mean(dim=0), full_matrices=False).Vh[:3]
-    coordinates = F.pad(codes @ axes.T, (0, 3 - len(axes)))
-    ranks = coordinates.argsort(dim=0).argsort(dim=0)
+    codes = first_codebook(model)
+    ranks = principal_coordinates(codes, 3).argsort(dim=0).argsort(dim=0)
     return ranks.float() / max(len(codes) - 1, 1) * 2 - 1
+
+
+def principal_coordinates(codes: Tensor, dimensions: int) -> Tensor:
+    """`(K, D)` to `(K, dimensions)`: coordinates along the principal axes, 0 where D has no more of them."""
+    axes = torch.linalg.svd(codes - codes.mean(dim=0), full_matrices=False).Vh[:dimensions]
+    return F.pad((codes - codes.mean(dim=0)) @ axes.T, (0, dimensions - len(axes)))
 
 
 @torch.no_grad()
@@ -73,6 +82,40 @@ def draw_curves(rows: list[dict[str, float]], num_codes: int) -> Image.Image:
         axes.tick_params(labelsize=8)
     for axes in figure.axes[len(names) :]:
         axes.set_axis_off()
+    return _render(figure)
+
+
+def draw_codebook(model: VQGANModel, counts: Tensor, rows: list[dict[str, float]]) -> Image.Image:
+    """
+    Three views of the codebook's health: use per code, sorted; perplexity over steps; the first codebook's codes along
+    their two principal axes, coloured by use (grey: unused).
+
+    Args:
+        counts (`Tensor` of shape `(n*K,)`): Histogram of codes.
+        rows (`list[dict]`): Lines of log.jsonl.
+    """
+    figure = Figure(figsize=(15, 4.5), layout="constrained")
+    sorted_use, over_time, map_of_codes = figure.subplots(1, 3)
+    shares = counts / counts.sum().clamp(min=1)
+    sorted_use.plot(range(1, len(counts) + 1), shares.sort(descending=True).values)
+    sorted_use.axhline(1 / len(counts), color="grey", linewidth=0.5)
+    sorted_use.set(title="share of positions per code, sorted (grey: all equal)", xlabel="rank")
+    sorted_use.set_yscale("symlog", linthresh=0.1 / len(counts))
+    points = [(row["step"], row["perplexity"]) for row in rows if "perplexity" in row]
+    if points:
+        over_time.plot(*zip(*points, strict=True))
+    over_time.axhline(model.quantize.num_codes, color="grey", linewidth=0.5)
+    over_time.set(title="perplexity (grey: all codes)", xlabel="training step", ylim=(0, None))
+    used = counts.view(model.quantize.num_codebooks, -1)[0]
+    x, y = principal_coordinates(first_codebook(model), 2).cpu().unbind(dim=1)
+    map_of_codes.scatter(x[used == 0], y[used == 0], s=4, color="lightgrey")
+    dots = map_of_codes.scatter(x[used > 0], y[used > 0], s=4, c=(used[used > 0] / used.sum()).log10())
+    figure.colorbar(dots, ax=map_of_codes, label="log10 share of positions")
+    map_of_codes.set(title="codes along their principal axes", xlabel="first", ylabel="second")
+    return _render(figure)
+
+
+def _render(figure: Figure) -> Image.Image:
     buffer = io.BytesIO()
     FigureCanvasAgg(figure).print_png(buffer)
     return Image.open(buffer)

@@ -33,7 +33,7 @@ from .losses import (
 )
 from .metrics import CodebookHealth, evaluate_reconstruction, gather_rows
 from .modeling_vqgan import VQGANModel, VQGANOutput
-from .pictures import draw_curves, draw_reconstructions
+from .pictures import draw_codebook, draw_curves, draw_reconstructions
 from .run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
@@ -57,6 +57,7 @@ class TrainState:
     seconds: float = 0.0  # of training, over all interruptions
     unreadable: int = 0
     upscaled: int = 0
+    warned_of_collapse: bool = False
 
     @property
     def vqgan(self) -> VQGANModel:
@@ -76,11 +77,19 @@ class TrainState:
 
     def quantizer_loss_weights(self) -> dict[str, float]:
         """The model's `NAME_weight` for each loss NAME of its quantizer; none before quantization starts."""
-        model = self.vqgan
-        return {name: getattr(model.config, f"{name}_weight") * self.quantizing for name in model.quantize.loss_names}
+        config, model = self.config, self.vqgan
+        weights = {
+            name: getattr(model.config, f"{name}_weight") * self.quantizing for name in model.quantize.loss_names
+        }
+        if "entropy" in weights:
+            remaining = 1 - ramp(self.step, config.quantize_start, config.entropy_anneal_steps)
+            weights["entropy"] *= 1 + (config.entropy_anneal_factor - 1) * remaining
+        return weights
 
     def state_dict(self) -> dict:
-        counters = {name: getattr(self, name) for name in ("step", "seconds", "unreadable", "upscaled")}
+        counters = {
+            name: getattr(self, name) for name in ("step", "seconds", "unreadable", "upscaled", "warned_of_collapse")
+        }
         return counters | {"health": self.health.state_dict()}
 
     def load_state_dict(self, state: dict) -> None:
@@ -289,6 +298,26 @@ def update_codebook(state: TrainState, output: StepOutput) -> int:
     return int(restarted.sum())
 
 
+class CodebookCollapse(RuntimeError):
+    """The codebook has collapsed, and the run was told to stop then."""
+
+
+def watch_codebook(state: TrainState) -> None:
+    """
+    Warn once of a codebook that collapses, naming the remedies.
+
+    Raises:
+        CodebookCollapse: instead, if the run was told to `stop_on_collapse`.
+    """
+    problem = state.health.diagnosis()
+    if problem and state.config.stop_on_collapse:
+        raise CodebookCollapse(f"step {state.step}: {problem}")
+    if problem and not state.warned_of_collapse:
+        state.warned_of_collapse = True
+        if state.accelerator.is_main_process:
+            logger.warning("%s", problem)
+
+
 def broadcast(module: nn.Module) -> None:
     """The main process's weights and buffers to all: sums in another order must not let codebooks drift apart."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -314,6 +343,7 @@ def train(config: VQGANTrainingConfig, model_config: VQGANConfig, dry_run: bool 
         FileExistsError: if `output_dir` holds a different run.
         ValueError, FileNotFoundError: for settings or data that cannot work, before anything is written.
         FloatingPointError: if a loss or gradient stops being finite. Checkpoints stay as they were.
+        CodebookCollapse: if the codebook collapses and `stop_on_collapse` is set.
     """
     accelerator = Accelerator(
         mixed_precision=config.mixed_precision,
@@ -434,6 +464,7 @@ def train(config: VQGANTrainingConfig, model_config: VQGANConfig, dry_run: bool 
                 "images_per_second": state.step * global_batch / state.seconds,
             }
             run.log(row)
+            watch_codebook(state)
             shown = ("l1", "perceptual", "adversarial", "perplexity", "usage")
             progress.set_postfix({name: f"{row[name]:.3g}" for name in shown if name in row})
         if (state.step % config.validation_steps == 0 and quantizing) or last:
@@ -609,4 +640,5 @@ def validate(state: TrainState, validation: ValidationImages, metric: LPIPS, run
         shown = [validation[index] for index in range(min(config.validation_pictures, len(validation)))]
         run.save_picture("reconstructions.png", draw_reconstructions(state.vqgan, shown))
         run.save_picture("curves.png", draw_curves(run.read_log(), state.health.num_codes))
+        run.save_picture("codebook.png", draw_codebook(state.vqgan, state.health.counts, run.read_log()))
     return metrics

@@ -48,6 +48,22 @@ def test_several_codebooks_have_a_histogram_each():
     assert report.top_code_share == 1
 
 
+def test_collapse_is_diagnosed_with_its_remedies():
+    health = CodebookHealth(num_codes=100, window=3)
+    for _ in range(2):
+        health.update(torch.zeros(1, 20, 20, dtype=torch.int64))
+        assert health.diagnosis() is None  # the window has not filled yet
+    health.update(torch.zeros(1, 20, 20, dtype=torch.int64))
+    assert "has collapsed: perplexity 1.0 of 100 possible" in health.diagnosis()
+    assert "--quantizer vq_ema" in health.diagnosis()
+
+    health = CodebookHealth(num_codes=100, window=1)
+    for codes, problem in ((100, None), (60, None), (40, "is shrinking: perplexity 40.0, 100.0 before")):
+        health.update(torch.arange(codes).view(1, 1, -1))
+        found = health.diagnosis()
+        assert (found is None) == (problem is None) and (problem or "") in (found or "")
+
+
 def test_empty_health_and_bad_window():
     assert CodebookHealth(4).report().perplexity == 0
     with pytest.raises(ValueError, match="window=0"):

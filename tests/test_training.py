@@ -6,15 +6,15 @@ import json
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import TINY
+from conftest import SPECIAL, TINY
 from PIL import Image
 
-from hf_vqgan import VQGANConfig, VQGANModel
+from hf_vqgan import QUANTIZERS, VQGANConfig, VQGANModel
 from hf_vqgan.configuration_vqgan import model_fields
 from hf_vqgan.discriminators import PatchDiscriminator
 from hf_vqgan.losses import LPIPS, adversarial_loss, discriminator_losses
 from hf_vqgan.metrics import CodebookHealth
-from hf_vqgan.training import TrainState, VQGANTrainingConfig, train, training_step
+from hf_vqgan.training import CodebookCollapse, TrainState, VQGANTrainingConfig, train, training_step
 
 
 def double_state(random_trunk, **fields) -> TrainState:
@@ -132,6 +132,16 @@ def test_no_codebook_gradient_before_quantization(random_trunk):
     assert not torch.equal(state.model.quantize.embedding.weight, codebook)
 
 
+def test_entropy_weight_is_annealed(random_trunk):
+    state = double_state(random_trunk, quantize_start=10, entropy_anneal_factor=3.0, entropy_anneal_steps=4)
+    state.model.quantize.loss_names = ("commitment", "codebook", "entropy")
+    state.model.config.entropy_weight = 0.5
+    found = {}
+    for state.step in (9, 10, 12, 14, 99):
+        found[state.step] = state.quantizer_loss_weights()["entropy"]
+    assert found == {9: 0, 10: 1.5, 12: 1.0, 14: 0.5, 99: 0.5}
+
+
 @pytest.mark.parametrize("adversarial_weight", [0.0, 0.8])
 def test_nan_stops_before_any_weight_changes(random_trunk, adversarial_weight):
     state = double_state(random_trunk, adversarial_weight=adversarial_weight)
@@ -182,6 +192,7 @@ def test_what_a_run_leaves_behind(image_folder, random_trunk, tmp_path, tiny):
     assert metrics["steps"] == 6 and metrics["num_images"] == 2
     names = {file.name for file in folder.iterdir()}
     assert names == {
+        "codebook.png",
         "config.json", "model.safetensors", "preprocessor_config.json", "metrics.json", "reconstructions.png",
         "curves.png", "log.jsonl", "training_config.yaml", "checkpoint-4", "checkpoint-6",
     }  # fmt: skip
@@ -236,6 +247,26 @@ def test_complete_run_is_left_alone_and_other_runs_are_refused(image_folder, ran
         train(other, tiny)
     assert before == {file: file.stat().st_mtime_ns for file in (tmp_path / "run").rglob("*.safetensors")}
     assert train(dataclasses.replace(other, overwrite_output_dir=True), tiny)["steps"] == 2
+
+
+@pytest.mark.parametrize(
+    "quantizer", [name for name in QUANTIZERS if name not in ("vq", "gumbel")], ids=lambda name: name
+)
+def test_every_quantizer_trains(image_folder, random_trunk, tmp_path, quantizer):
+    """Upkeep, health, pictures and checkpoints with each kind of quantizer, codes per position included."""
+    model_config = VQGANConfig(**TINY | {"quantizer": quantizer} | SPECIAL.get(quantizer, {}))
+    config = run_config(image_folder, random_trunk, tmp_path / "run", max_train_steps=4, validation_steps=4)
+    metrics = train(config, model_config)
+    assert metrics["perplexity"] > 1
+    assert VQGANModel.from_pretrained(tmp_path / "run").config.quantizer == quantizer
+
+
+def test_collapse_is_warned_of_once_or_stops_the_run(image_folder, random_trunk, tmp_path, tiny, caplog, monkeypatch):
+    monkeypatch.setattr(CodebookHealth, "diagnosis", lambda health: "The codebook has collapsed.")
+    train(run_config(image_folder, random_trunk, tmp_path / "warned"), tiny)
+    assert [record.message for record in caplog.records].count("The codebook has collapsed.") == 1
+    with pytest.raises(CodebookCollapse, match="step 1: The codebook has collapsed"):
+        train(run_config(image_folder, random_trunk, tmp_path / "stopped", stop_on_collapse=True), tiny)
 
 
 def test_dry_run_writes_nothing(image_folder, random_trunk, tmp_path, tiny, capsys):
