@@ -76,14 +76,15 @@ def nearest_code(vectors: Tensor, codebook: Tensor, tile: int = 1024) -> Tensor:
             out = buffer[: len(rows) * len(tiles[number])].view(len(rows), len(tiles[number]))
             return torch.mm(rows, tiles[number].T, out=out)
 
+        if len(tiles) == 1:
+            return torch.cat([scores(rows, 0).argmin(dim=1) for rows in z.split(tile)])
         best_tile = torch.zeros(len(z), dtype=torch.int64, device=z.device)
-        if len(tiles) > 1:
-            for rows, chosen in zip(z.split(tile), best_tile.split(tile), strict=True):
-                best = scores(rows, 0).amin(dim=1)
-                for number in range(1, len(tiles)):
-                    score = scores(rows, number).amin(dim=1)
-                    chosen.masked_fill_(score < best, number)  # strictly: an equal code of an earlier tile stays
-                    torch.minimum(best, score, out=best)
+        for rows, chosen in zip(z.split(tile), best_tile.split(tile), strict=True):
+            best = scores(rows, 0).amin(dim=1)
+            for number in range(1, len(tiles)):
+                score = scores(rows, number).amin(dim=1)
+                chosen.masked_fill_(score < best, number)  # strictly: an equal code of an earlier tile stays
+                torch.minimum(best, score, out=best)
 
         indices = torch.empty_like(best_tile)
         by_tile = best_tile.argsort().split(best_tile.bincount(minlength=len(tiles)).tolist())
@@ -209,6 +210,26 @@ class _PassGradient(torch.autograd.Function):
         return grad, grad
 
 
+class _SquaredError(torch.autograd.Function):
+    """
+    mean (z - e)² twice, from one difference: as the commitment loss, whose gradient goes to z, and as the codebook
+    loss, whose gradient goes to e.
+    """
+
+    @staticmethod
+    def forward(ctx, z: Tensor, e: Tensor) -> tuple[Tensor, Tensor]:
+        difference = z - e
+        ctx.save_for_backward(difference)
+        mean = difference.square().mean()
+        return mean, mean.clone()
+
+    @staticmethod
+    def backward(ctx, commitment_grad: Tensor, codebook_grad: Tensor):
+        (difference,) = ctx.saved_tensors
+        share = 2 / difference.numel()
+        return difference * (commitment_grad * share), difference * (codebook_grad * -share)
+
+
 class _Rotate(torch.autograd.Function):
     r"""
     Forward: the codes e `(N, D)`. Backward to the latents z: as if e = λRz with λ = |e|/|z| and R the rotation that
@@ -259,7 +280,9 @@ class Quantizer(nn.Module):
             raise ValueError(f"latents of shape {tuple(latents.shape)}: expected (B, {self.embed_dim}, h, w).")
         if latents.numel() == 0:
             raise ValueError(f"latents of shape {tuple(latents.shape)} are empty: there is nothing to quantize.")
-        if not torch.compiler.is_compiling() and not torch.isfinite(latents).all():
+        # One sum instead of a look at every value: NaN and infinity survive it.
+        precision = torch.promote_types(latents.dtype, torch.float32)
+        if not torch.compiler.is_compiling() and not latents.sum(dtype=precision).isfinite():
             bad = int((~torch.isfinite(latents)).sum())
             raise ValueError(
                 f"{bad} of {latents.numel()} latent values are NaN or infinite. Check the input image; in training, "
@@ -267,8 +290,7 @@ class Quantizer(nn.Module):
             )
         batch, dim, height, width = latents.shape
         with torch.autocast(latents.device.type, enabled=False):
-            vectors = latents.permute(0, 2, 3, 1).reshape(-1, dim)
-            vectors = vectors.to(torch.promote_types(vectors.dtype, torch.float32))
+            vectors = latents.permute(0, 2, 3, 1).reshape(-1, dim).to(precision)
             quantized, indices, losses = self.quantize_vectors(vectors)
         assert tuple(losses) == self.loss_names, f"{type(self).__name__} returned {tuple(losses)}"
         quantized = quantized.to(latents.dtype).view(batch, height, width, dim).permute(0, 3, 1, 2)
@@ -381,7 +403,7 @@ class VectorQuantizer(Quantizer):
         z, codebook = self.project(vectors), self.codebook()
         indices = self.choose(z.detach(), codebook.detach())
         e = F.embedding(indices, codebook)
-        losses = {"commitment": F.mse_loss(z, e.detach()), "codebook": F.mse_loss(e, z.detach())}
+        losses = dict(zip(("commitment", "codebook"), _SquaredError.apply(z, e), strict=True))
         if "entropy" in self.loss_names:
             losses["entropy"] = entropy_loss(z, codebook, self.entropy_temperature)
         quantized = (_Rotate if self.rotation_trick else _PassGradient).apply(z, e.detach())
