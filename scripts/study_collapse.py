@@ -1,6 +1,6 @@
 #!/usr/bin/env python
 """
-Codebook collapse and its remedies, side by side: same data, encoder, decoder, steps and seed, one quantizer after another.
+Codebook collapse and its remedies, side by side: same data, encoder, decoder, steps and seed, other quantizers.
 
     python scripts/study_collapse.py --dataset_name user/images --output_dir runs/collapse
 
@@ -38,7 +38,7 @@ class StudyArguments:
 
 
 def variants(num_codes: int) -> dict[str, tuple[dict, dict]]:
-    """Name -> (fields of the model, fields of the training) that differ from `vq` with commitment, started at U(±1/K)."""
+    """Name -> fields of model and training that differ from `vq` with commitment loss and codes started at U(±1/K)."""
     bits = int(math.log2(num_codes))
     return {
         "no commitment": ({"commitment_weight": 0.0}, {}),
