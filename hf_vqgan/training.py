@@ -477,6 +477,9 @@ def train(config: VQGANTrainingConfig, model_config: VQGANConfig, dry_run: bool 
         if state.step % config.checkpointing_steps == 0 or last:
             run.save_checkpoint(state.vqgan, state.step)
     progress.close()
+    for count, what in ((state.unreadable, "unreadable and skipped"), (state.upscaled, "small and enlarged")):
+        if count:
+            accelerator.print(f"Training images {what}, counted over all epochs: {count}.")
     if not metrics:
         accelerator.print(f"The run in {config.output_dir} is already complete ({state.step} steps).")
         metrics = run.read_metrics()

@@ -30,7 +30,7 @@ class StudyArguments:
     output_dir: str = field(default="runs/collapse", metadata={"help": "Folder of the study."})
     resolution: int = field(default=64, metadata={"help": "Side of the training images."})
     num_vq_embeddings: int = field(default=8192, metadata={"help": "Number of codes K, a power of two."})
-    max_train_steps: int = field(default=300, metadata={"help": "Steps of every variant."})
+    max_train_steps: int = field(default=200, metadata={"help": "Steps of every variant."})
     train_batch_size: int = field(default=16, metadata={"help": "Images per step."})
     perceptual_net: str = field(default="alex", metadata={"help": "LPIPS network, in training and validation."})
     variants: list[str] = field(default_factory=list, metadata={"help": "Run only these. Default: all."})
@@ -89,7 +89,7 @@ def perplexity_bound(arguments: StudyArguments, patch: int = 12, images: int = 2
 def run_variant(arguments: StudyArguments, name: str, model_fields: dict, training_fields: dict) -> dict:
     folder = Path(arguments.output_dir) / name.replace(" ", "_").replace("+", "and")
     model = dict(
-        block_out_channels=(32, 32, 64),
+        block_out_channels=(16, 32, 32),
         layers_per_block=1,
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
