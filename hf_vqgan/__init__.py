@@ -1,11 +1,13 @@
 """VQ-GAN image tokenizers for the Hugging Face ecosystem."""
 
+import diffusers
 from diffusers.pipelines import pipeline_loading_utils
 from transformers import AutoConfig, AutoImageProcessor, AutoModel
 
 from .configuration_vqgan import VQGANConfig
 from .image_processing_vqgan import VQGANImageProcessor
 from .modeling_vqgan import VQGANEncoderOutput, VQGANModel, VQGANOutput
+from .pipelines import VQGANLatentDiffusionPipeline
 from .quantizers import QUANTIZERS, QuantizerOutput
 
 __version__ = "0.1.0"
@@ -15,6 +17,7 @@ __all__ = [
     "VQGANConfig",
     "VQGANEncoderOutput",
     "VQGANImageProcessor",
+    "VQGANLatentDiffusionPipeline",
     "VQGANModel",
     "VQGANOutput",
 ]
@@ -29,3 +32,5 @@ for _name in ("LOADABLE_CLASSES", "ALL_IMPORTABLE_CLASSES"):
     _methods = {"VQGANModel": ["save_pretrained", "from_pretrained"]}
     if (_table := getattr(pipeline_loading_utils, _name, None)) is not None:
         _table.update({"hf_vqgan": _methods} if _name == "LOADABLE_CLASSES" else _methods)
+# DiffusionPipeline.from_pretrained looks for the class that model_index.json names in diffusers itself, nowhere else.
+diffusers.VQGANLatentDiffusionPipeline = VQGANLatentDiffusionPipeline

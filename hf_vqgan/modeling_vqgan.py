@@ -3,6 +3,9 @@
 Nothing about losses on images, discriminators or training is here: see `losses.py` and `training.py`.
 """
 
+import itertools
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -103,6 +106,7 @@ class VQGANModel(PreTrainedModel):
             norm_type=config.norm_type,
             **shared,
         )
+        self.use_slicing = self.use_tiling = False
         self.post_init()
 
     @torch.no_grad()
@@ -117,6 +121,45 @@ class VQGANModel(PreTrainedModel):
         """Weight of the decoder's last convolution, at which loss gradients are compared (adaptive weight)."""
         return self.decoder.conv_out.weight
 
+    def enable_slicing(self) -> None:
+        """Encode and decode one image of a batch at a time: the memory of one image, the same results."""
+        self.use_slicing = True
+
+    def disable_slicing(self) -> None:
+        self.use_slicing = False
+
+    def enable_tiling(self, tile_sample_min_size: int | None = None, tile_overlap_factor: float = 0.25) -> None:
+        """
+        Encode and decode images larger than a tile in overlapping tiles, blended linearly: the memory of one tile.
+
+        Normalisation and attention then see a tile instead of the image, so results differ a little from untiled ones;
+        how little is measured in docs/diffusers.md. Codes are chosen once, on the blended latents.
+
+        Args:
+            tile_sample_min_size (`int`, *optional*):
+                Side of a tile in pixels, a multiple of f. Default: about `config.sample_size`, where the model was
+                trained.
+            tile_overlap_factor (`float`, defaults to 0.25): Share of a tile that overlaps the next, in [0, 1).
+
+        Raises:
+            ValueError: for a side that f does not divide, or an overlap out of range.
+        """
+        factor = self.config.downsample_factor
+        side = max(1, self.config.sample_size // factor) * factor
+        side = side if tile_sample_min_size is None else tile_sample_min_size
+        if side < factor or side % factor:
+            raise ValueError(
+                f"tile_sample_min_size={side} must be a positive multiple of {factor}, the downsampling factor."
+            )
+        if not 0 <= tile_overlap_factor < 1:
+            raise ValueError(f"tile_overlap_factor={tile_overlap_factor} must be in [0, 1).")
+        self.use_tiling = True
+        self.tile_latent_min_size = side // factor
+        self.tile_latent_overlap = int(self.tile_latent_min_size * tile_overlap_factor)
+
+    def disable_tiling(self) -> None:
+        self.use_tiling = False
+
     @apply_forward_hook
     def encode(self, pixel_values: Tensor, return_dict: bool = True) -> VQGANEncoderOutput | tuple[Tensor]:
         """
@@ -130,7 +173,7 @@ class VQGANModel(PreTrainedModel):
             ValueError: for integer pixels, a wrong number of channels, or sides that f does not divide.
         """
         self._check_pixels(pixel_values)
-        latents = self.quant_conv(self.encoder(pixel_values.to(self.dtype)))
+        latents = self._in_parts(lambda x: self.quant_conv(self.encoder(x)), pixel_values.to(self.dtype), encoding=True)
         return VQGANEncoderOutput(latents=latents) if return_dict else (latents,)
 
     @apply_forward_hook
@@ -207,8 +250,33 @@ class VQGANModel(PreTrainedModel):
         return model.train(self.training)
 
     def _decode_quantized(self, quantized: Tensor) -> Tensor:
-        # The spatial norms of MoVQ see the codes themselves beside the features.
-        return self.decoder(self.post_quant_conv(quantized), quantized if self.config.norm_type == "spatial" else None)
+        def decode(codes: Tensor) -> Tensor:
+            # The spatial norms of MoVQ see the codes themselves beside the features.
+            return self.decoder(self.post_quant_conv(codes), codes if self.config.norm_type == "spatial" else None)
+
+        return self._in_parts(decode, quantized, encoding=False)
+
+    def _in_parts(self, network: Callable[[Tensor], Tensor], x: Tensor, encoding: bool) -> Tensor:
+        """`network(x)`, image by image with slicing and tile by tile with tiling."""
+        if self.use_slicing and len(x) > 1:
+            return torch.cat([self._in_parts(network, image, encoding) for image in x.split(1)])
+        factor = self.config.downsample_factor
+        latent_sides = [side // factor if encoding else side for side in x.shape[2:]]
+        if not self.use_tiling or max(latent_sides) <= self.tile_latent_min_size:
+            return network(x)
+        before, after = (factor, 1) if encoding else (1, factor)
+        channels = self.config.vq_embed_dim if encoding else self.config.out_channels
+        # In float32 whatever the model's dtype: sums of rounded weights would show.
+        weights = torch.zeros([side * after for side in latent_sides], device=x.device)
+        blended = torch.zeros(len(x), channels, *weights.shape, device=x.device)
+        tiles = [tile_slices(side, self.tile_latent_min_size, self.tile_latent_overlap) for side in latent_sides]
+        for rows, columns in itertools.product(*tiles):
+            out = network(x[..., scaled(rows, before), scaled(columns, before)])
+            ramps = [blend_ramp(side, self.tile_latent_overlap * after, x.device) for side in out.shape[2:]]
+            weight = ramps[0][:, None] * ramps[1]
+            blended[..., scaled(rows, after), scaled(columns, after)] += weight * out
+            weights[scaled(rows, after), scaled(columns, after)] += weight
+        return (blended / weights).to(x.dtype)
 
     def _look_up(self, indices: Tensor) -> Tensor:
         several = self.quantize.num_codebooks > 1
@@ -239,3 +307,24 @@ class VQGANModel(PreTrainedModel):
                 f"resize to {height // factor * factor}x{width // factor * factor} "
                 f"(VQGANImageProcessor(size_divisor={factor}) does)."
             )
+
+
+def tile_slices(side: int, tile: int, overlap: int) -> list[slice]:
+    """
+    Slices of `tile` that cover `side`, neighbours overlapping by at least `overlap`. All have the same length, the last
+    one moved inwards instead of cut: a sliver's normalisation statistics would show as a seam.
+    """
+    tile = min(tile, side)
+    count = 1 + math.ceil((side - tile) / (tile - min(overlap, tile - 1)))
+    starts = [0] if count == 1 else [round(number * (side - tile) / (count - 1)) for number in range(count)]
+    return [slice(start, start + tile) for start in starts]
+
+
+def scaled(part: slice, factor: int) -> slice:
+    return slice(part.start * factor, part.stop * factor)
+
+
+def blend_ramp(side: int, overlap: int, device: torch.device) -> Tensor:
+    """Weights `(side,)` that rise linearly from a tile's edge to 1 over `overlap`; those of all tiles are normalised."""
+    position = torch.arange(side, device=device) + 0.5
+    return (torch.minimum(position, side - position) / max(overlap, 0.5)).clamp(max=1)
