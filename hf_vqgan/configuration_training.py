@@ -96,6 +96,10 @@ class VQGANTrainingConfig:
     logging_steps: int = option(10, "Steps between lines of log.jsonl and tracker entries.")
     validation_steps: int = option(500, "Steps between validations.")
     validation_net: str = option("alex", "LPIPS network of the reported metric.", choices=tuple(NETWORKS))
+    latent_statistics_images: int = option(
+        512,
+        "Training crops whose latents give scaling_factor and shift_factor at the end. 0: not measured.",
+    )
     validation_pictures: int = option(4, "Validation images in reconstructions.png.")
     checkpointing_steps: int = option(500, "Steps between checkpoints; there is always one at the end.")
     checkpoints_total_limit: int | None = option(2, "Keep only the latest so many checkpoints.")
@@ -109,7 +113,8 @@ class VQGANTrainingConfig:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
         for name in ("l1_weight", "l2_weight", "perceptual_weight", "adversarial_weight", "learning_rate",
                      "disc_start", "disc_ramp_steps", "quantize_start", "dead_code_restart_steps",
-                     "lr_warmup_steps", "max_grad_norm", "dataloader_num_workers"):  # fmt: skip
+                     "lr_warmup_steps", "max_grad_norm", "dataloader_num_workers",
+                     "latent_statistics_images"):  # fmt: skip
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative.")
         for config_field in dataclasses.fields(self):

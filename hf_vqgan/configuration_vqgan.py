@@ -74,6 +74,7 @@ class VQGANConfig(PreTrainedConfig):
         base_quantizer (`str`, defaults to `"vq"`): The quantizer of each codebook of `residual` and `grouped`.
         scaling_factor (`float`, defaults to 1.0):
             Gives the latents unit variance: diffusion models see `(latents - shift_factor) * scaling_factor`.
+            Both are measured at the end of training, whatever they were before.
         shift_factor (`float`, defaults to 0.0): See `scaling_factor`.
         force_upcast (`bool`, defaults to `False`): diffusers pipelines decode in float32 if set.
         lookup_from_codebook (`bool`, defaults to `True`): Passed on to `diffusers.VQModel` by `to_diffusers()`.

@@ -75,21 +75,7 @@ def load_image_datasets(
     data_files = {"train": train_files, "validation": validation_files} if train_files else None
     if data_files and not validation_files:
         del data_files["validation"]
-    if dataset_name.startswith(PACKAGE_PREFIX):
-        folder = find_image_folder(dataset_name)
-        patterns = data_files or {"train": ["**"]}
-        data_files = {split: [f"{folder}/{pattern}" for pattern in files] for split, files in patterns.items()}
-        splits = datasets.load_dataset("imagefolder", data_files=data_files, cache_dir=cache_dir, drop_labels=True)
-    else:
-        try:
-            splits = datasets.load_dataset(
-                dataset_name, dataset_config_name, data_files=data_files, cache_dir=cache_dir, revision=revision
-            )
-        except ValueError as error:
-            if "corresponds to no data" not in str(error):
-                raise
-            raise ValueError(f"dataset {dataset_name!r} has an empty split: {error}") from error
-
+    splits = load_splits(dataset_name, dataset_config_name, data_files, cache_dir, revision)
     if validation_split is None:
         validation_split = next((name for name in ("validation", "test") if name in splits), None)
     for name in filter(None, (train_split, validation_split)):
@@ -109,11 +95,35 @@ def load_image_datasets(
     return _first(train, max_train_samples), _first(validation, max_validation_samples)
 
 
+def load_splits(
+    dataset_name: str,
+    dataset_config_name: str | None = None,
+    data_files: dict[str, list[str]] | None = None,
+    cache_dir: str | None = None,
+    revision: str | None = None,
+) -> datasets.DatasetDict:
+    """All splits of a dataset, with all their columns; for the arguments see `load_image_datasets`."""
+    if dataset_name.startswith(PACKAGE_PREFIX):
+        folder = find_image_folder(dataset_name)
+        patterns = data_files or {"train": ["**"]}
+        data_files = {split: [f"{folder}/{pattern}" for pattern in files] for split, files in patterns.items()}
+        return datasets.load_dataset("imagefolder", data_files=data_files, cache_dir=cache_dir, drop_labels=True)
+    try:
+        return datasets.load_dataset(
+            dataset_name, dataset_config_name, data_files=data_files, cache_dir=cache_dir, revision=revision
+        )
+    except ValueError as error:
+        if "corresponds to no data" not in str(error):
+            raise
+        raise ValueError(f"dataset {dataset_name!r} has an empty split: {error}") from error
+
+
 def _first(dataset: datasets.Dataset, count: int | None) -> datasets.Dataset:
     return dataset if count is None else dataset.select(range(min(count, len(dataset))))
 
 
-def _image_column(dataset: datasets.Dataset, dataset_name: str, image_column: str | None) -> datasets.Dataset:
+def find_image_column(dataset: datasets.Dataset, dataset_name: str, image_column: str | None) -> str:
+    """`image_column`, or the only image column if it is `None`. Raises ValueError if there is no such column."""
     columns = [name for name, feature in dataset.features.items() if isinstance(feature, datasets.Image)]
     if image_column is None and len(columns) != 1:
         raise ValueError(
@@ -127,6 +137,11 @@ def _image_column(dataset: datasets.Dataset, dataset_name: str, image_column: st
             f"dataset {dataset_name!r}: {image_column!r} is not an image column; image columns: "
             f"{', '.join(columns) or 'none'}; all columns: {', '.join(dataset.column_names)}."
         )
+    return image_column
+
+
+def _image_column(dataset: datasets.Dataset, dataset_name: str, image_column: str | None) -> datasets.Dataset:
+    image_column = find_image_column(dataset, dataset_name, image_column)
     # Undecoded: a broken image is then ours to skip and count, instead of an exception inside the data loader.
     dataset = dataset.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
     return dataset if image_column == "image" else dataset.rename_column(image_column, "image")

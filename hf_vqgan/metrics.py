@@ -1,7 +1,7 @@
 """How well the codebook is used, and how close reconstructions come."""
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 
 import torch
@@ -226,4 +226,57 @@ def evaluate_reconstruction(
         perplexity=mean_perplexity(counts, codebooks),
         usage=float((counts > 0).float().mean()),
         num_images=int(number),
+    )
+
+
+@dataclass
+class LatentStatistics:
+    """
+    Distribution of the continuous latents, over images, positions and (for the scalars) channels.
+
+    Args:
+        mean, std (`float`): Over all channels together; std is about `mean`.
+        channel_means, channel_stds (`list[float]`): Of each of the D channels, about its own mean.
+        num_images (`int`): How many images.
+    """
+
+    mean: float
+    std: float
+    channel_means: list[float]
+    channel_stds: list[float]
+    num_images: int
+
+
+@torch.no_grad()
+def measure_latents(model: VQGANModel, load_batch: Callable[[int], Tensor], num_batches: int) -> LatentStatistics:
+    """
+    Encode the batches `load_batch(0)` to `load_batch(num_batches - 1)`, each `(B, 3, H, W)` in [-1, 1], and measure.
+
+    Process r of n encodes batches r, r + n, ... Sums are taken per batch in float64 and added in the order of batches,
+    so any number of processes gives the same result to the last bit.
+    """
+    training = model.training
+    model.eval()
+    # Per batch: Σz and Σz² of each channel, positions, images. Other processes' rows stay 0.
+    dim = model.config.vq_embed_dim
+    table = torch.zeros(num_batches, 2 * dim + 2, dtype=torch.float64)
+    distributed = dist.is_available() and dist.is_initialized()
+    rank, processes = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
+    for number in range(rank, num_batches, processes):
+        latents = model.encode(load_batch(number).to(model.device)).latents.double().cpu()
+        sums = latents.sum(dim=(0, 2, 3)), latents.square().sum(dim=(0, 2, 3))
+        table[number] = torch.cat([*sums, torch.tensor([latents[:, 0].numel(), len(latents)])])
+    model.train(training)
+    if distributed:
+        shared = table.to(model.device)
+        dist.all_reduce(shared)
+        table = shared.cpu()
+    totals = table.sum(dim=0)
+    means, squares = (totals[: 2 * dim] / totals[-2]).view(2, dim)
+    return LatentStatistics(
+        mean=float(means.mean()),
+        std=float((squares.mean() - means.mean().square()).sqrt()),
+        channel_means=means.tolist(),
+        channel_stds=(squares - means.square()).clamp(min=0).sqrt().tolist(),
+        num_images=int(totals[-1]),
     )

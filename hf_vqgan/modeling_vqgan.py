@@ -325,6 +325,6 @@ def scaled(part: slice, factor: int) -> slice:
 
 
 def blend_ramp(side: int, overlap: int, device: torch.device) -> Tensor:
-    """Weights `(side,)` that rise linearly from a tile's edge to 1 over `overlap`; those of all tiles are normalised."""
+    """Weights `(side,)` that rise linearly from a tile's edges to 1 over `overlap`; the caller normalises them."""
     position = torch.arange(side, device=device) + 0.5
     return (torch.minimum(position, side - position) / max(overlap, 0.5)).clamp(max=1)

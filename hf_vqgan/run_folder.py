@@ -92,9 +92,10 @@ class RunFolder:
         self.accelerator.save_state(str(temporary))
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
+            # The checkpoint last: once it is there, the same command takes the run, model included, for complete.
+            self._save_model(model)
             shutil.rmtree(target, ignore_errors=True)
             temporary.rename(target)
-            self._save_model(model)
             limit = self.config.checkpoints_total_limit
             for old in self.checkpoints()[:-limit] if limit else []:
                 shutil.rmtree(old)

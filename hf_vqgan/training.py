@@ -1,6 +1,7 @@
 """Training a VQ-GAN: the state of a run, one step, and the loop around it."""
 
 import contextlib
+import copy
 import dataclasses
 import logging
 import math
@@ -31,7 +32,7 @@ from .losses import (
     reconstruction_losses,
     weighted_sum,
 )
-from .metrics import CodebookHealth, evaluate_reconstruction, gather_rows
+from .metrics import CodebookHealth, LatentStatistics, evaluate_reconstruction, gather_rows, measure_latents
 from .modeling_vqgan import VQGANModel, VQGANOutput
 from .pictures import draw_codebook, draw_curves, draw_reconstructions
 from .run_folder import RunFolder
@@ -58,6 +59,7 @@ class TrainState:
     unreadable: int = 0
     upscaled: int = 0
     warned_of_collapse: bool = False
+    latents: LatentStatistics | None = None  # measured when training is over
 
     @property
     def vqgan(self) -> VQGANModel:
@@ -467,6 +469,8 @@ def train(config: VQGANTrainingConfig, model_config: VQGANConfig, dry_run: bool 
             watch_codebook(state)
             shown = ("l1", "perceptual", "adversarial", "perplexity", "usage")
             progress.set_postfix({name: f"{row[name]:.3g}" for name in shown if name in row})
+        if last and config.latent_statistics_images:
+            measure_scale(state, dataset)
         if (state.step % config.validation_steps == 0 and quantizing) or last:
             metrics = validate(state, validation, metric, run)
             progress.write(
@@ -510,7 +514,8 @@ def build_state(
         return network, optimizer, schedule
 
     memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
-    model = VQGANModel(model_config).train().to(memory_format=memory_format)
+    # A copy: the scaling factor measured at the end must not change the settings by which the run is recognised.
+    model = VQGANModel(copy.deepcopy(model_config)).train().to(memory_format=memory_format)
     model, optimizer, scheduler = optimizer_and_schedule(model, config.learning_rate, config.max_train_steps)
     discriminator = disc_optimizer = disc_scheduler = None
     if config.adversarial_weight and config.disc_start < config.max_train_steps:
@@ -537,6 +542,20 @@ def build_state(
     )
     accelerator.register_for_checkpointing(state)
     return state
+
+
+def measure_scale(state: TrainState, dataset: TrainingImages, batch_size: int = 16) -> None:
+    """Set the model's `scaling_factor` and `shift_factor` to what gives latents of training crops unit variance."""
+    count, config = state.config.latent_statistics_images, state.vqgan.config
+    sizes = [min(batch_size, count - start) for start in range(0, count, batch_size)]
+    batches = list(EpochBatchSampler(len(dataset), batch_size, num_batches=len(sizes), seed=state.config.seed))
+
+    def load(number: int) -> Tensor:
+        crops = [dataset[item]["pixel_values"] for item in batches[number][: sizes[number]]]
+        return channels_last(state.config, torch.stack(crops))
+
+    state.latents = measure_latents(state.vqgan, load, len(sizes))
+    config.scaling_factor, config.shift_factor = 1 / state.latents.std, state.latents.mean
 
 
 def channels_last(config: VQGANTrainingConfig, pixels: Tensor) -> Tensor:
@@ -638,6 +657,11 @@ def validate(state: TrainState, validation: ValidationImages, metric: LPIPS, run
             "seconds": "training loop with validation, without set-up",
         },
     }
+    if state.latents is not None:
+        metrics |= {name: getattr(state.vqgan.config, name) for name in ("scaling_factor", "shift_factor")}
+        metrics["measured_on"]["scaling_factor, shift_factor"] = (
+            f"continuous latents of {state.latents.num_images} training crops: 1 / standard deviation, mean"
+        )
     run.write_metrics(metrics)
     if accelerator.is_main_process:
         shown = [validation[index] for index in range(min(config.validation_pictures, len(validation)))]

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
 
-from hf_vqgan.metrics import CodebookHealth, evaluate_reconstruction, perplexity
+from hf_vqgan import metrics
+from hf_vqgan.metrics import CodebookHealth, evaluate_reconstruction, measure_latents, perplexity
 
 
 def test_perplexity_closed_forms():
@@ -89,3 +90,31 @@ def test_nothing_to_evaluate(tiny_model):
     with pytest.raises(ValueError, match="no images"):
         evaluate_reconstruction(tiny_model, [])
     assert not tiny_model.training
+
+
+def test_latent_statistics(tiny_model):
+    batches = [torch.rand(size, 3, 16, 16) for size in (4, 4, 3)]
+    found = measure_latents(tiny_model, batches.__getitem__, len(batches))
+    with torch.no_grad():
+        latents = torch.cat([tiny_model.encode(batch).latents for batch in batches]).double()
+    assert found.num_images == 11
+    assert found.mean == pytest.approx(float(latents.mean()), rel=1e-12)
+    assert found.std == pytest.approx(float(latents.std(correction=0)), rel=1e-12)
+    channels = latents.transpose(0, 1).flatten(1)
+    assert found.channel_means == pytest.approx(channels.mean(dim=1).tolist(), rel=1e-12)
+    assert found.channel_stds == pytest.approx(channels.std(dim=1, correction=0).tolist(), rel=1e-12)
+
+
+@pytest.mark.parametrize("processes", [2, 3, 5])
+def test_latent_statistics_do_not_depend_on_the_number_of_processes(tiny_model, monkeypatch, processes):
+    batches = [torch.rand(2, 3, 16, 16) for _ in range(4)]
+    alone = measure_latents(tiny_model, batches.__getitem__, 4)
+    tables = []
+    monkeypatch.setattr(metrics.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(metrics.dist, "get_world_size", lambda: processes)
+    for rank in range(processes):
+        monkeypatch.setattr(metrics.dist, "get_rank", lambda rank=rank: rank)
+        monkeypatch.setattr(metrics.dist, "all_reduce", lambda table: tables.append(table.clone()))
+        measure_latents(tiny_model, batches.__getitem__, 4)
+    monkeypatch.setattr(metrics.dist, "all_reduce", lambda table: table.copy_(sum(tables)))
+    assert measure_latents(tiny_model, batches.__getitem__, 4) == alone

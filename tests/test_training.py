@@ -11,6 +11,7 @@ from PIL import Image
 
 from hf_vqgan import QUANTIZERS, VQGANConfig, VQGANModel
 from hf_vqgan.configuration_vqgan import model_fields
+from hf_vqgan.data import ImageTransform, TrainingImages, load_image_datasets
 from hf_vqgan.discriminators import PatchDiscriminator
 from hf_vqgan.losses import LPIPS, adversarial_loss, discriminator_losses
 from hf_vqgan.metrics import CodebookHealth
@@ -174,6 +175,7 @@ def run_config(image_folder, random_trunk, output_dir, **fields) -> VQGANTrainin
         logging_steps=1,
         validation_steps=3,
         checkpointing_steps=2,
+        latent_statistics_images=20,
         cpu_threads=1,
     )
     return VQGANTrainingConfig(**defaults | fields)
@@ -199,10 +201,32 @@ def test_what_a_run_leaves_behind(image_folder, random_trunk, tmp_path, tiny):
     with Image.open(folder / "reconstructions.png") as picture:
         assert picture.width >= 3 * 32
     model = VQGANModel.from_pretrained(folder)
-    assert all(getattr(model.config, name) == getattr(tiny, name) for name in model_fields())
+    measured = {name: metrics[name] for name in ("scaling_factor", "shift_factor")}
+    for name in model_fields():
+        assert getattr(model.config, name) == measured.get(name, getattr(tiny, name))
     rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "l1" in row] == [1, 2, 3, 4, 5, 6]
     assert {"l1", "l2", "perceptual", "commitment", "codebook", "adversarial", "disc_real"} <= rows[-2].keys()
+
+
+def test_scaling_factor_gives_unit_variance(image_folder, random_trunk, tmp_path, tiny):
+    """On the very crops it was measured on; and it does not make the same command look like another run."""
+    config = run_config(image_folder, random_trunk, tmp_path / "run", max_train_steps=2, random_flip=False)
+    config = dataclasses.replace(config, center_crop=True, latent_statistics_images=12)  # each image once
+    metrics = train(config, tiny)
+    assert (tiny.scaling_factor, tiny.shift_factor) == (1.0, 0.0)
+    images, _ = load_image_datasets(config.dataset_name)
+    crops = TrainingImages(images, ImageTransform(32, 40, center_crop=True, random_flip=False))
+    model = VQGANModel.from_pretrained(tmp_path / "run")
+    with torch.no_grad():
+        latents = model.encode(torch.stack([crops[item]["pixel_values"] for item in range(12)])).latents.double()
+    normal = (latents - model.config.shift_factor) * model.config.scaling_factor
+    assert abs(normal.mean()) < 1e-5 and normal.std(correction=0) == pytest.approx(1, abs=1e-5)
+    assert model.config.scaling_factor == metrics["scaling_factor"] != 1
+    assert train(config, tiny) == metrics  # complete, not refused
+    untouched = dataclasses.replace(config, latent_statistics_images=0, overwrite_output_dir=True)
+    assert "scaling_factor" not in train(untouched, tiny)
+    assert VQGANModel.from_pretrained(tmp_path / "run").config.scaling_factor == 1.0
 
 
 def test_resumed_run_ends_in_the_same_weights(image_folder, random_trunk, tmp_path, tiny):
@@ -215,8 +239,9 @@ def test_resumed_run_ends_in_the_same_weights(image_folder, random_trunk, tmp_pa
         with pytest.raises(KeyboardInterrupt):
             train(stopped, tiny)
     train(stopped, tiny)  # the same command again
-    whole = VQGANModel.from_pretrained(tmp_path / "whole").state_dict()
-    resumed = VQGANModel.from_pretrained(tmp_path / "stopped").state_dict()
+    models = [VQGANModel.from_pretrained(tmp_path / name) for name in ("whole", "stopped")]
+    assert models[0].config.scaling_factor == models[1].config.scaling_factor != 1
+    whole, resumed = (model.state_dict() for model in models)
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     losses = [
         [

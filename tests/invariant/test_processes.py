@@ -58,6 +58,7 @@ def test_two_processes_equal_one(image_folder, random_trunk, tmp_path, quantizer
         disc_channels=8,
         disc_layers=1,
         logging_steps=1,
+        latent_statistics_images=40,
         cpu_threads=1,
     )
     one, two = tmp_path / "one", tmp_path / "two"
@@ -70,6 +71,8 @@ def test_two_processes_equal_one(image_folder, random_trunk, tmp_path, quantizer
         assert theirs == pytest.approx(ours, rel=1e-2, abs=1e-4)
     if quantizer == "vq_ema":
         assert any(row.get("restarted_codes") for row in logs[0])  # or the test would not see restarts
+    factors = [json.loads((run / "metrics.json").read_text())["scaling_factor"] for run in (one, two)]
+    assert factors[1] == pytest.approx(factors[0], rel=1e-2)
     weights = [load_file(run / "model.safetensors") for run in (one, two)]
     for name, tensor in weights[0].items():
         torch.testing.assert_close(weights[1][name], tensor, rtol=1e-2, atol=5e-4)
