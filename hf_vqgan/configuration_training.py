@@ -15,6 +15,25 @@ def option(default, help: str, choices: tuple[str, ...] | None = None):
     return field(default=default, metadata=metadata)
 
 
+def check_values(config, positive: tuple[str, ...] = (), not_negative: tuple[str, ...] = ()) -> None:
+    """
+    Check the named fields' signs, and of all fields with `choices` that their value, or each in their list, is one.
+
+    Raises:
+        ValueError: with field, value and expectation.
+    """
+    for name in positive:
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name}={getattr(config, name)} must be at least 1.")
+    for name in not_negative:
+        if getattr(config, name) < 0:
+            raise ValueError(f"{name}={getattr(config, name)} must not be negative.")
+    for config_field in dataclasses.fields(config):
+        choices, value = config_field.metadata.get("choices"), getattr(config, config_field.name)
+        if choices and not set(value if isinstance(value, list) else [value]) <= set(choices):
+            raise ValueError(f"{config_field.name}={value!r} must be one of {choices}.")
+
+
 @dataclass
 class VQGANTrainingConfig:
     """Everything about a training run but the model's architecture. Every field is a flag of `train_vqgan.py`."""
@@ -106,21 +125,37 @@ class VQGANTrainingConfig:
     report_to: str | None = option(None, "Tracker, as Accelerate names it: tensorboard, wandb, trackio, all.")
 
     def __post_init__(self):
-        for name in ("resolution", "crops_per_image", "train_batch_size", "gradient_accumulation_steps",
-                     "num_train_epochs", "logging_steps", "validation_steps", "checkpointing_steps",
-                     "codebook_window", "perceptual_upscale", "disc_layers"):  # fmt: skip
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
-        for name in ("l1_weight", "l2_weight", "perceptual_weight", "adversarial_weight", "learning_rate",
-                     "disc_start", "disc_ramp_steps", "quantize_start", "dead_code_restart_steps",
-                     "lr_warmup_steps", "max_grad_norm", "dataloader_num_workers",
-                     "latent_statistics_images"):  # fmt: skip
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)} must not be negative.")
-        for config_field in dataclasses.fields(self):
-            choices = config_field.metadata.get("choices")
-            if choices and getattr(self, config_field.name) not in choices:
-                raise ValueError(f"{config_field.name}={getattr(self, config_field.name)!r} must be one of {choices}.")
+        check_values(
+            self,
+            positive=(
+                "resolution",
+                "crops_per_image",
+                "train_batch_size",
+                "gradient_accumulation_steps",
+                "num_train_epochs",
+                "logging_steps",
+                "validation_steps",
+                "checkpointing_steps",
+                "codebook_window",
+                "perceptual_upscale",
+                "disc_layers",
+            ),
+            not_negative=(
+                "l1_weight",
+                "l2_weight",
+                "perceptual_weight",
+                "adversarial_weight",
+                "learning_rate",
+                "disc_start",
+                "disc_ramp_steps",
+                "quantize_start",
+                "dead_code_restart_steps",
+                "lr_warmup_steps",
+                "max_grad_norm",
+                "dataloader_num_workers",
+                "latent_statistics_images",
+            ),
+        )
         if not (self.l1_weight or self.l2_weight or self.perceptual_weight):
             raise ValueError("l1_weight, l2_weight and perceptual_weight are all 0: nothing says what to reconstruct.")
         if not 0 <= self.max_unreadable_share <= 1:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 from tqdm.auto import tqdm
 
-from .configuration_training import option
+from .configuration_training import check_values, option
 from .data import ImageTransform, UnreadableImage, decode_image, find_image_column, load_splits, to_pixel_values
 from .modeling_vqgan import VQGANModel
 from .run_folder import write_text
@@ -51,11 +51,9 @@ class EncodingConfig:
     hub_token: str | None = option(None, "Token for the Hub. Default: the one that is logged in.")
 
     def __post_init__(self):
-        if unknown := [name for name in self.what if name not in WHAT] or not self.what:
-            raise ValueError(f"what={self.what}: expected one or more of {WHAT}, not {unknown}.")
-        for name in ("batch_size", "shard_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+        check_values(self, positive=("batch_size", "shard_size"))
+        if not self.what:
+            raise ValueError(f"what is empty: name one or more of {WHAT}.")
 
 
 def encode_dataset(model_name: str, dataset_name: str, out: str | Path, config: EncodingConfig) -> dict[str, float]:

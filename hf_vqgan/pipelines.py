@@ -51,7 +51,8 @@ def predict(
     """
     timesteps = timesteps.to(latents.device)
     condition = {} if class_labels is None else {"class_labels": class_labels}
-    output = denoiser(latents.to(denoiser.dtype), timestep=timesteps, **condition).sample
+    dtype = next(denoiser.parameters()).dtype  # the trainer's denoiser may be wrapped for DDP, and has no `dtype` then
+    output = denoiser(latents.to(dtype), timestep=timesteps, **condition).sample
     return output[:, : latents.shape[1]].to(latents.dtype)
 
 

@@ -21,12 +21,14 @@ LOG_FILE = "log.jsonl"
 class RunFolder:
     """The output folder of one run. Files appear in it whole or not at all."""
 
-    def __init__(self, config: VQGANTrainingConfig, model_config: VQGANConfig, accelerator: Accelerator):
+    not_identity = ("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "report_to", "cpu_threads")
+
+    def __init__(self, config: VQGANTrainingConfig, model_config: VQGANConfig | None, accelerator: Accelerator):
         self.config, self.accelerator = config, accelerator
         self.folder = Path(config.output_dir)
-        not_identity = ("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "report_to", "cpu_threads")
-        identity = {name: value for name, value in asdict(config).items() if name not in not_identity}
-        self.identity = identity | {name: getattr(model_config, name) for name in model_fields()}
+        self.identity = {name: value for name, value in asdict(config).items() if name not in self.not_identity}
+        if model_config is not None:
+            self.identity |= {name: getattr(model_config, name) for name in model_fields()}
 
     def open(self) -> Path | None:
         """
@@ -93,7 +95,13 @@ class RunFolder:
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             # The checkpoint last: once it is there, the same command takes the run, model included, for complete.
-            self._save_model(model)
+            unfinished = self.folder / ".model.tmp"
+            shutil.rmtree(unfinished, ignore_errors=True)
+            self._save_model(model, unfinished)
+            for file in unfinished.rglob("*.*"):
+                (self.folder / file.relative_to(unfinished)).parent.mkdir(exist_ok=True)
+                file.replace(self.folder / file.relative_to(unfinished))
+            shutil.rmtree(unfinished)
             shutil.rmtree(target, ignore_errors=True)
             temporary.rename(target)
             limit = self.config.checkpoints_total_limit
@@ -101,20 +109,15 @@ class RunFolder:
                 shutil.rmtree(old)
         self.accelerator.wait_for_everyone()
 
-    def _save_model(self, model: VQGANModel) -> None:
+    def _save_model(self, model: VQGANModel, folder: Path) -> None:
         resolution = self.config.resolution
         processor = VQGANImageProcessor(
             size={"shortest_edge": resolution},
             crop_size={"height": resolution, "width": resolution},
             size_divisor=model.config.downsample_factor,
         )
-        temporary = self.folder / ".model.tmp"
-        shutil.rmtree(temporary, ignore_errors=True)
-        model.save_pretrained(temporary)
-        processor.save_pretrained(temporary)
-        for file in temporary.iterdir():
-            file.replace(self.folder / file.name)
-        temporary.rmdir()
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
 
     def log(self, row: dict[str, float]) -> None:
         """Append to log.jsonl and to the trackers."""

@@ -1,0 +1,33 @@
+#!/usr/bin/env python
+"""
+Train a latent diffusion model on a VQ-GAN's latents with Accelerate.
+
+    accelerate launch scripts/train_latent_diffusion.py --vqgan runs/mine --dataset_name user/images
+    accelerate launch scripts/train_latent_diffusion.py --vqgan runs/mine --dataset_name latents --class_column label
+    accelerate launch scripts/train_latent_diffusion.py --vqgan runs/mine --dataset_name latents --denoiser dit
+
+The dataset holds images, or what encode_dataset.py made of them. Values come from the dataclass in
+hf_vqgan/latent_diffusion.py, overridden by a recipe (--config), overridden by flags. The same command again resumes.
+"""
+
+import sys
+from pathlib import Path
+
+import datasets
+
+from hf_vqgan.arguments import RecipeParser
+from hf_vqgan.latent_diffusion import LatentDiffusionConfig, train_latent_diffusion
+
+
+def main() -> None:
+    parser = RecipeParser((LatentDiffusionConfig,))
+    parser.add_argument("--dry_run", action="store_true", help="Check everything, print the plan, train nothing.")
+    try:
+        config, flags = parser.parse()
+        train_latent_diffusion(config, dry_run=flags.dry_run)
+    except (ValueError, OSError, FloatingPointError, datasets.exceptions.DatasetsError) as error:
+        sys.exit(f"{Path(__file__).name}: error: {error}")
+
+
+if __name__ == "__main__":
+    main()
