@@ -98,7 +98,7 @@ class RunFolder:
             unfinished = self.folder / ".model.tmp"
             shutil.rmtree(unfinished, ignore_errors=True)
             self._save_model(model, unfinished)
-            for file in unfinished.rglob("*.*"):
+            for file in [path for path in unfinished.rglob("*") if path.is_file()]:
                 (self.folder / file.relative_to(unfinished)).parent.mkdir(exist_ok=True)
                 file.replace(self.folder / file.relative_to(unfinished))
             shutil.rmtree(unfinished)

@@ -52,6 +52,26 @@ def tiny_model(tiny_config) -> VQGANModel:
     return model
 
 
+@pytest.fixture(scope="session")
+def trained_model() -> VQGANModel:
+    """A tiny model that has seen enough smooth images to reconstruct them, in evaluation mode. Not to be changed."""
+    torch.manual_seed(0)
+    model = VQGANModel(VQGANConfig(**TINY | {"num_vq_embeddings": 64, "scaling_factor": 0.8, "shift_factor": 0.1}))
+    images = torch.stack([smooth_pixels(seed, 32) for seed in range(32)])
+    with torch.no_grad():
+        latents = model.encode(images).latents.permute(0, 2, 3, 1).flatten(0, 2)
+    model.quantize.initialize_codebook(latents, torch.Generator().manual_seed(0))
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    for step in range(80):
+        batch = images[torch.arange(8 * step, 8 * step + 8) % len(images)]
+        output = model(batch)
+        loss = (output.sample - batch).abs().mean() + sum(output.losses.values())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return model.eval().requires_grad_(False)
+
+
 @pytest.fixture
 def pixels() -> torch.Tensor:
     return torch.rand(2, 3, 16, 24) * 2 - 1
@@ -62,6 +82,12 @@ def photo(seed: int, size: tuple[int, int] = (40, 32)) -> Image.Image:
     rng = np.random.default_rng(seed)
     coarse = Image.fromarray(rng.integers(0, 255, (5, 4, 3), dtype=np.uint8))
     return coarse.resize(size, Image.Resampling.BICUBIC)
+
+
+def smooth_pixels(seed: int, height: int, width: int | None = None) -> torch.Tensor:
+    """A smooth random image `(3, height, width)` in [-1, 1]."""
+    pixels = np.array(photo(seed, (width or height, height)), dtype=np.float32)
+    return torch.from_numpy(pixels).permute(2, 0, 1) / 127.5 - 1
 
 
 @pytest.fixture
