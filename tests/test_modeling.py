@@ -1,12 +1,15 @@
+import copy
 import subprocess
 import sys
 
 import pytest
 import torch
+from conftest import SPECIAL, TINY, smooth_pixels
 from diffusers import VQModel
 from transformers import AutoModel
 
 from hf_vqgan import VQGANConfig, VQGANModel
+from hf_vqgan.modeling_vqgan import tile_slices
 
 
 def same_weights(a: torch.nn.Module, b: torch.nn.Module) -> bool:
@@ -149,3 +152,112 @@ def test_bad_input(tiny_model, pixels, call, message):
 def test_unknown_quantizer_lists_the_known_ones():
     with pytest.raises(ValueError, match="quantizer='vqvq' is not one of .*'vq'"):
         VQGANModel(VQGANConfig(quantizer="vqvq"))
+
+
+@pytest.mark.parametrize("quantizer", ["vq", "residual", "fsq"])
+@torch.no_grad()
+def test_slicing_changes_nothing_but_memory(quantizer, pixels):
+    model = VQGANModel(VQGANConfig(**TINY | {"quantizer": quantizer} | SPECIAL.get(quantizer, {}))).eval()
+    whole = model(pixels)
+    model.enable_slicing()
+    seen = []
+    model.decoder.register_forward_hook(lambda module, args, output: seen.append(len(output)))
+    sliced = model(pixels)
+    assert seen == [1, 1]
+    assert torch.equal(sliced.indices, whole.indices)
+    torch.testing.assert_close(sliced.sample, whole.sample, atol=1e-5, rtol=0)
+    model.disable_slicing()
+    assert torch.equal(model(pixels).sample, whole.sample)
+
+
+@torch.no_grad()
+def test_tiling_of_a_local_network_is_exact():
+    """Without normalisation over the image and attention, tiles agree wherever their borders are out of sight."""
+    model = VQGANModel(
+        VQGANConfig(**TINY | {"mid_block_add_attention": False, "down_block_types": ("DownEncoderBlock2D",) * 2,
+                              "up_block_types": ("UpDecoderBlock2D",) * 2})
+    ).eval()  # fmt: skip
+    for module in model.modules():
+        for name, child in module.named_children():
+            if isinstance(child, torch.nn.GroupNorm):
+                setattr(module, name, torch.nn.Identity())
+    image = smooth_pixels(1, 96, 128)[None]
+    latents = model.encode(image).latents
+    whole = model.decode(latents, force_not_quantize=True).sample
+    model.enable_tiling(tile_sample_min_size=48, tile_overlap_factor=0.5)
+    tiled_latents = model.encode(image).latents
+    tiled = model.decode(latents, force_not_quantize=True).sample
+    # Zero padding at tile borders is the only difference; the blend weighs it down but not to nothing.
+    assert tiled.shape == whole.shape and tiled_latents.shape == latents.shape
+    assert (tiled - whole).abs().mean() < 0.02 * whole.std()
+    assert (tiled_latents - latents).abs().mean() < 0.02 * latents.std()
+    corner = (..., slice(0, 12), slice(0, 12))  # seen by the first tile only, far from its inner borders
+    torch.testing.assert_close(tiled[corner], whole[corner], atol=1e-5, rtol=0)
+
+
+def seam_ratio(difference: torch.Tensor, positions: list[int]) -> float:
+    """Steps of an error map `(B, C, H, W)` from column to column: the largest at seams over the mean of all."""
+    steps = difference.diff(dim=3).abs().mean(dim=(0, 1, 2))
+    return float(max(steps[position - 1] for position in positions) / steps.mean())
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"norm_type": "spatial", "vq_embed_dim": 8, "block_out_channels": (32, 32)}],
+    ids=["group", "spatial"],
+)
+@torch.no_grad()
+def test_tiles_without_overlap_show_seams_that_blending_removes(trained_model, fields):
+    model = trained_model
+    if fields:
+        model = VQGANModel(VQGANConfig(**TINY | fields)).eval()
+    model = copy.deepcopy(model)
+    image = smooth_pixels(7, 64, 128)[None]
+    latents = model.encode(image).latents
+    whole = model.decode(latents).sample
+
+    def tiled(overlap):
+        model.enable_tiling(tile_sample_min_size=32, tile_overlap_factor=overlap)
+        return model.decode(latents).sample
+
+    butted, blended = tiled(0.0) - whole, tiled(0.25) - whole
+    starts = [part.start * 2 for part in tile_slices(64, 16, 4)][1:]
+    assert starts == [24, 48, 72, 96]
+    assert seam_ratio(butted, [32, 64, 96]) > 2
+    assert seam_ratio(blended, starts) < 0.5 * seam_ratio(butted, [32, 64, 96])
+    assert blended.abs().mean() < butted.abs().mean() < 0.5 * whole.std()
+    model.disable_tiling()
+    assert torch.equal(model.decode(latents).sample, whole)
+
+
+@torch.no_grad()
+def test_tiled_encoding_chooses_mostly_the_same_codes(trained_model):
+    model = copy.deepcopy(trained_model)
+    image = smooth_pixels(8, 64, 96)[None]
+    indices, latents = model.encode_indices(image), model.encode(image).latents
+    model.enable_tiling(tile_sample_min_size=32, tile_overlap_factor=0.5)
+    assert (model.encode_indices(image) == indices).float().mean() > 0.25
+    assert (model.encode(image).latents - latents).abs().mean() < 0.3 * latents.std()
+    assert model(image).sample.shape == image.shape
+    small = image[..., :32, :32]
+    assert torch.equal(model.encode(small).latents, trained_model.encode(small).latents)
+
+
+def test_tiles_cover_a_side_exactly():
+    for side, tile, overlap in ((64, 16, 4), (17, 16, 4), (16, 16, 4), (5, 16, 4), (33, 8, 0), (9, 2, 1)):
+        parts = tile_slices(side, tile, overlap)
+        assert parts[0].start == 0 and parts[-1].stop == side
+        assert {part.stop - part.start for part in parts} == {min(side, tile)}
+        assert all(a.stop - b.start >= overlap for a, b in zip(parts, parts[1:], strict=False))
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"tile_sample_min_size": 15}, "tile_sample_min_size=15 must be a positive multiple of 2"),
+        ({"tile_overlap_factor": 1.0}, r"tile_overlap_factor=1.0 must be in \[0, 1\)"),
+    ],
+)
+def test_bad_tiles(tiny_model, fields, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_model.enable_tiling(**fields)

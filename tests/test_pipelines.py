@@ -9,11 +9,12 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from conftest import photo
-from PIL import Image
+from accelerate import cpu_offload_with_hook
+from conftest import TINY, photo
+from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from hf_vqgan import VQGANLatentDiffusionPipeline
+from hf_vqgan import VQGANConfig, VQGANLatentDiffusionPipeline, VQGANModel
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning"),
@@ -227,3 +228,163 @@ def test_same_picture_in_a_fresh_process(pictures, name):
     here, there = pictures[name]
     assert here.shape[1:] == (16, 16, 3) and here.std() > 0.01
     np.testing.assert_allclose(there, here, atol=1e-5)
+
+
+class Oracle(nn.Module):
+    """
+    Knows which normalised latents `(1, 4, 8, 8)` each class should end in (the last: no class), and predicts the flow
+    or the noise that leads there.
+    """
+
+    def __init__(self, targets: torch.Tensor, scheduler):
+        super().__init__()
+        self.targets, self.scheduler = nn.Parameter(targets), scheduler
+        self.config, self.device, self.dtype = tiny_unet(len(targets) - 1).config, targets.device, targets.dtype
+
+    def forward(self, sample, timestep, class_labels=None):
+        target = self.targets[torch.zeros_like(timestep).long() if class_labels is None else class_labels]
+        if isinstance(self.scheduler, FLOW):
+            return diffusers.models.unets.unet_2d.UNet2DOutput((sample - target) / (timestep / 1000).view(-1, 1, 1, 1))
+        alpha = self.scheduler.alphas_cumprod[timestep.long()].view(-1, 1, 1, 1)
+        return diffusers.models.unets.unet_2d.UNet2DOutput((sample - alpha.sqrt() * target) / (1 - alpha).sqrt())
+
+
+SCHEDULERS = {
+    "FlowMatchEulerDiscreteScheduler": {},
+    "DDIMScheduler": {"clip_sample": False},
+    "DDPMScheduler": {"clip_sample": False},
+    "DPMSolverMultistepScheduler": {"final_sigmas_type": "zero"},
+    "EulerDiscreteScheduler": {},
+    "EulerAncestralDiscreteScheduler": {},
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_sampling_ends_where_the_denoiser_points(trained_model, name):
+    """With every scheduler, through the normalisation and back."""
+    scheduler = getattr(diffusers, name)(**SCHEDULERS[name])
+    targets = torch.randn(3, 4, SIDE, SIDE)
+    pipeline = own(trained_model, Oracle(targets, scheduler), scheduler)
+    pipeline.set_progress_bar_config(disable=True)
+    latents = pipeline(class_labels=[1, 0], num_inference_steps=10, output_type="latent").images
+    factor, shift = trained_model.config.scaling_factor, trained_model.config.shift_factor
+    assert (factor, shift) != (1, 0)
+    torch.testing.assert_close(latents, targets[[1, 0]] / factor + shift, atol=1e-3, rtol=1e-3)
+
+
+def test_guidance_extrapolates_from_no_class(trained_model):
+    targets = torch.randn(3, 4, SIDE, SIDE)
+    scheduler = FLOW()
+    pipeline = own(trained_model, Oracle(targets, scheduler), scheduler)
+    pipeline.set_progress_bar_config(disable=True)
+
+    def ends(**options):
+        latents = pipeline(num_inference_steps=4, output_type="latent", **options).images
+        return (latents - trained_model.config.shift_factor) * trained_model.config.scaling_factor
+
+    torch.testing.assert_close(ends(class_labels=1, batch_size=2), targets[[1, 1]], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(ends(batch_size=2), targets[[2, 2]], atol=1e-4, rtol=1e-4)
+    guided = targets[2] + 3 * (targets[:2] - targets[2])
+    torch.testing.assert_close(ends(class_labels=[0, 1], guidance_scale=3.0), guided, atol=1e-4, rtol=1e-4)
+
+
+@pytest.fixture
+def pipeline(trained_model):
+    pipeline = own(copy.deepcopy(trained_model), tiny_unet(3), FLOW(), NAMES)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def test_outputs_of_each_type_agree(pipeline):
+    def images(kind):
+        torch.manual_seed(0)
+        return pipeline(class_labels="dog", num_inference_steps=2, output_type=kind).images
+
+    latents, pt, array, (pil,) = (images(kind) for kind in ("latent", "pt", "np", "pil"))
+    assert pt.shape == (1, 3, 16, 16) and 0 <= pt.min() < pt.max() <= 1
+    torch.testing.assert_close(pt, (pipeline.vqvae.decode(latents).sample / 2 + 0.5).clamp(0, 1))
+    np.testing.assert_array_equal(array[0], pt[0].permute(1, 2, 0).numpy())
+    np.testing.assert_array_equal(np.array(pil), (array[0] * 255).round().astype("uint8"))
+    torch.manual_seed(0)
+    (tensors,) = pipeline(class_labels=1, num_inference_steps=2, output_type="pt", return_dict=False)
+    assert torch.equal(tensors, pt)
+
+
+def test_one_generator_per_image_makes_images_independent_of_their_batch(pipeline):
+    pipeline.scheduler = DDPM()  # draws noise at every step
+
+    def images(seeds, labels):
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        generator = generators if len(generators) > 1 else generators[0]
+        return pipeline(class_labels=labels, num_inference_steps=3, generator=generator, output_type="pt").images
+
+    both = images([5, 6], ["cat", "eel"])
+    torch.testing.assert_close(both[1:], images([6], ["eel"]), atol=1e-5, rtol=0)
+    assert not torch.allclose(both[:1], both[1:], atol=1e-2)
+
+
+def test_bfloat16_is_close_to_float32(pipeline):
+    options = dict(class_labels=[0, 1], guidance_scale=2.0, num_inference_steps=3, output_type="latent")
+    exact = pipeline(generator=torch.manual_seed(0), **options).images
+    pipeline.to(torch.bfloat16)
+    rounded = pipeline(generator=torch.manual_seed(0), **options).images
+    assert pipeline.denoiser.dtype == pipeline.vqvae.dtype == torch.bfloat16
+    assert 0 < (rounded - exact).abs().mean() < 0.05 * exact.std()
+    assert pipeline(class_labels=0, num_inference_steps=2, output_type="np").images.dtype == np.float32
+
+
+def test_progress_bar_and_eta(pipeline, capsys):
+    pipeline.set_progress_bar_config(disable=False)
+    pipeline.scheduler = diffusers.DDIMScheduler(clip_sample=False)
+    options = dict(num_inference_steps=3, output_type="latent")
+    still = pipeline(generator=torch.manual_seed(0), **options).images
+    assert "3/3" in capsys.readouterr().err
+    assert torch.equal(pipeline(generator=torch.manual_seed(0), **options).images, still)
+    assert not torch.equal(pipeline(generator=torch.manual_seed(0), eta=1.0, **options).images, still)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"output_type": "jpeg"}, "output_type='jpeg' must be one of 'pil', 'np', 'pt', 'latent'"),
+        ({"class_labels": ["cat", "cow"]}, r"class_labels \['cow'\]: expected numbers from 0 to 2, or their names"),
+        ({"class_labels": 3}, r"class_labels \[3\]: expected numbers from 0 to 2"),
+        ({"guidance_scale": 2.0}, "guidance_scale=2.0 needs class_labels"),
+        ({"latents": torch.zeros(1, 4, 4, 4)}, r"latents of shape \(1, 4, 4, 4\): expected \(1, 4, 8, 8\)"),
+    ],
+)
+def test_bad_calls(pipeline, options, message):
+    with pytest.raises(ValueError, match=message):
+        pipeline(**options)
+
+
+def test_unconditional_denoisers_take_no_classes(trained_model):
+    with pytest.raises(ValueError, match="denoiser is unconditional"):
+        own(trained_model, tiny_unet(), FLOW())(class_labels=1)
+
+
+def test_offloaded_model_is_fetched_by_encode_and_decode():
+    """What enable_model_cpu_offload relies on; where to, a GPU, makes no difference to the hooks."""
+    model = VQGANModel(VQGANConfig(**TINY)).eval()
+    plain = model.decode(model.encode(torch.zeros(1, 3, 16, 16)).latents).sample
+    model, hook = cpu_offload_with_hook(model, execution_device="cpu")
+    calls = []
+    fetch = model._hf_hook.pre_forward
+    model._hf_hook.pre_forward = lambda *args, **kwargs: calls.append(1) or fetch(*args, **kwargs)
+    assert torch.equal(model.decode(model.encode(torch.zeros(1, 3, 16, 16)).latents).sample, plain)
+    assert len(calls) == 2
+    hook.offload()
+
+
+@torch.no_grad()
+def test_amused_tokens_decode_to_the_full_range(trained_model):
+    """AmusedPipeline clips to [0, 1], its own autoencoder's range; ours is [-1, 1], so decode its tokens instead."""
+    torch.manual_seed(0)
+    pipeline = amused(trained_model)
+    pipeline.set_progress_bar_config(disable=True)
+    call = dict(prompt="a cat", num_inference_steps=2)
+    tokens = pipeline(**call, generator=torch.manual_seed(0), output_type="latent").images
+    clipped = pipeline(**call, generator=torch.manual_seed(0), output_type="pt").images
+    sample = trained_model.decode_indices(tokens).sample
+    assert sample.min() < -0.1
+    assert torch.equal(clipped, sample.clip(0, 1))
