@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import math
+import random
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -206,7 +207,8 @@ def draw(numbers: Tensor, shape: tuple[int, ...], config: LatentDiffusionConfig)
     """
     noise, levels, dropped = [], [], []
     for number in numbers.tolist():
-        generator = torch.Generator().manual_seed(config.seed * 2**40 + number)
+        # Hashed: torch's generator takes 32 bits of its seed, so sums of seed and number would meet.
+        generator = torch.Generator().manual_seed(random.Random(f"{config.seed} {number}").getrandbits(32))
         noise.append(torch.randn(shape, generator=generator))
         if config.timestep_sampling == "logit_normal":  # https://huggingface.co/papers/2403.03206
             levels.append(torch.randn((), generator=generator).sigmoid())
