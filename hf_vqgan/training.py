@@ -7,7 +7,7 @@ import math
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
@@ -21,6 +21,7 @@ from .configuration_training import VQGANTrainingConfig
 from .configuration_vqgan import VQGANConfig
 from .data import EpochBatchSampler, ImageTransform, TrainingImages, ValidationImages, load_image_datasets
 from .discriminators import PatchDiscriminator
+from .hub import push_run_to_hub
 from .losses import (
     LPIPS,
     adaptive_weight,
@@ -34,7 +35,7 @@ from .losses import (
 from .metrics import CodebookHealth, evaluate_reconstruction, gather_rows
 from .modeling_vqgan import VQGANModel, VQGANOutput
 from .pictures import draw_codebook, draw_curves, draw_reconstructions
-from .run_folder import RunFolder
+from .run_folder import RunFolder, public_settings
 
 logger = logging.getLogger(__name__)
 
@@ -380,7 +381,7 @@ def train(config: VQGANTrainingConfig, model_config: VQGANConfig, dry_run: bool 
         accelerator.print(f"The run in {config.output_dir} is already complete ({state.step} steps).")
         return run.read_metrics()
     if config.report_to:
-        accelerator.init_trackers("vqgan", config={name: str(value) for name, value in asdict(config).items()})
+        accelerator.init_trackers("vqgan", config={k: str(v) for k, v in public_settings(config).items()})
 
     progress = tqdm(
         total=config.max_train_steps, initial=state.step, desc="train", disable=not accelerator.is_main_process
@@ -414,6 +415,15 @@ def train(config: VQGANTrainingConfig, model_config: VQGANConfig, dry_run: bool 
             )
         if state.step % config.checkpointing_steps == 0 or last:
             run.save_checkpoint(state.vqgan, state.step)
+            if config.push_to_hub and accelerator.is_main_process and run.has_metrics:
+                push_run_to_hub(
+                    run.folder,
+                    config.hub_model_id or run.folder.name,
+                    token=config.hub_token,
+                    private=config.hub_private_repo,
+                    license=config.hub_license,
+                    commit_message=f"Step {state.step} of {config.max_train_steps}",
+                )
     progress.close()
     for count, what in ((state.unreadable, "unreadable and skipped"), (state.upscaled, "small and enlarged")):
         if count:
