@@ -4,6 +4,7 @@ Nothing about losses on images, discriminators or training is here: see `losses.
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from diffusers import VQModel
@@ -178,9 +179,61 @@ class VQGANModel(PreTrainedModel):
         output = VQGANOutput(sample=sample, latents=latents, indices=chosen.indices, losses=chosen.losses)
         return output if return_dict else output.to_tuple()
 
-    def to_diffusers(self) -> VQModel:
+    @classmethod
+    def from_original(
+        cls,
+        path_or_repo: str | Path,
+        format: str = "auto",
+        config: dict | str | Path | None = None,
+        weights: str = "auto",
+    ) -> "VQGANModel":
         """
-        The same model as a stock `diffusers.VQModel`, with copied weights and equal outputs.
+        Load a checkpoint of another project: taming-transformers, latent diffusion, LlamaGen, Janus, IBQ, openMUSE,
+        MaskGIT, MoVQGAN, Chameleon, diffusers (docs/checkpoints.md). No code from the file is run.
+
+        Args:
+            path_or_repo (`str` or `Path`): A file; a folder; or `owner/name` on the Hub, with `/folder` or `/file`.
+            format (`str`, defaults to `"auto"`): A key of `hf_vqgan.conversion.FAMILIES`, or found out from the keys.
+            config (`dict` or path, *optional*): The original's config, YAML or JSON; by default one beside the file.
+            weights (`str`, defaults to `"auto"`):
+                `"raw"`, or `"ema"` for their moving average; by default what the original's evaluation uses.
+
+        Returns:
+            [`VQGANModel`] in eval mode and in the file's dtype. It takes and gives pixels in [-1, 1], whatever the
+            original did.
+
+        Raises:
+            FileNotFoundError: if there is no such file or folder.
+            ValueError: for a damaged file, an unknown family, a pickle that calls for other code, and tensors that are
+                missing, surplus or misshapen (all of them listed). Nothing is loaded in part.
+        """
+        from .conversion import load_original
+
+        model = load_original(path_or_repo, format, config, weights)
+        for tensor in model.state_dict(keep_vars=True).values():  # one by one: the file's pages can go again
+            tensor.data = tensor.data.clone()
+        return model
+
+    def to_original(self, format: str) -> tuple[dict[str, Tensor], dict]:
+        """
+        The weights by another project's names, and its config.
+
+        Args:
+            format (`str`): `"taming"`, `"ldm"`, `"llamagen"` or `"diffusers"`.
+
+        Returns:
+            `(dict[str, Tensor], dict)`: state dict, sharing memory with the model, and config.
+
+        Raises:
+            ValueError: if the project's code cannot hold the model; lists all that stands against it.
+        """
+        from .conversion import export_original
+
+        return export_original(self, format)
+
+    def diffusers_parts(self) -> tuple[dict, dict[str, Tensor]]:
+        """
+        The arguments and the state dict of an equal `diffusers.VQModel`.
 
         Raises:
             ValueError: if `diffusers.VQModel` cannot hold the model; lists all that stands against it.
@@ -205,10 +258,20 @@ class VQGANModel(PreTrainedModel):
                 f"diffusers.VQModel cannot hold this model: {'; '.join(found)}. "
                 "Use VQGANModel itself as the pipeline's autoencoder."
             )
-        shared = VQModel._get_init_keys(VQModel) - {"self"}
-        model = VQModel(**{name: getattr(self.config, name) for name in shared})
+        names = VQModel._get_init_keys(VQModel) - {"self"}
         weights = {name: tensor for name, tensor in self.state_dict().items() if not name.startswith("quantize.")}
-        model.load_state_dict(weights | {"quantize.embedding.weight": codebook})
+        return {name: getattr(config, name) for name in names}, weights | {"quantize.embedding.weight": codebook}
+
+    def to_diffusers(self) -> VQModel:
+        """
+        The same model as a stock `diffusers.VQModel`, with copied weights and equal outputs.
+
+        Raises:
+            ValueError: if `diffusers.VQModel` cannot hold the model; lists all that stands against it.
+        """
+        fields, weights = self.diffusers_parts()
+        model = VQModel(**fields)
+        model.load_state_dict(weights)
         for parameter in model.parameters():  # Module.to would warn about layers to keep in float32; there are none
             parameter.data = parameter.data.to(self.device, self.dtype)
         return model.train(self.training)
