@@ -18,10 +18,9 @@ from pathlib import Path
 import torch
 import yaml
 from diffusers import __version__ as diffusers_version
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers.utils import logging
+from transformers.utils import SAFE_WEIGHTS_NAME, logging
 
 from .checkpoint_files import Checkpoint, locate, read_checkpoint, read_config
 from .configuration_vqgan import VQGANConfig
@@ -216,7 +215,7 @@ FAMILIES = {
         title="diffusers VQModel with attention named as before diffusers 0.18",
         names=OLD_DIFFUSERS_NAMES,
         keys=(r"encoder\.down_blocks\.", r"decoder\.up_blocks\.", r"encoder\..*attentions\.0\.query\."),
-        kinds=r"(?!)",
+        kinds=r"^VQModel$",
         lowest_first=True,
         convolved=False,
     ),
@@ -519,7 +518,6 @@ def load_original(
     format: str = "auto",
     config: dict | str | Path | None = None,
     weights: str = "auto",
-    progress: bool = False,
 ) -> VQGANModel:
     """
     A published checkpoint as a [`VQGANModel`] in eval mode, whose weights are mapped from the file.
@@ -554,9 +552,9 @@ def load_original(
     with torch.device("meta"):
         model = VQGANModel(model_config)
     sources = match_tensors(checkpoint, model, family, prefix, shadow)
-    tensors = {}
-    for ours, tensor in tqdm(model.state_dict().items(), desc="Reading", unit="tensor", disable=not progress):
-        tensors[ours] = checkpoint.load(sources[ours]).reshape(tensor.shape)
+    tensors = {
+        ours: checkpoint.load(sources[ours]).reshape(tensor.shape) for ours, tensor in model.state_dict().items()
+    }
     # One dtype for all: that of the file, or the widest of several
     dtype = reduce(torch.promote_types, {tensor.dtype for tensor in tensors.values()})
     model.load_state_dict({name: tensor.to(dtype) for name, tensor in tensors.items()}, assign=True)
@@ -726,9 +724,40 @@ def _save_torch(tensors: dict[str, Tensor], config: dict, folder: Path, containe
 
 
 def _save_diffusers(tensors: dict[str, Tensor], config: dict, folder: Path) -> None:
-    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    save_file(tensors, folder / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
+    write_safetensors(tensors, folder / "diffusion_pytorch_model.safetensors")
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+SAFETENSORS_TYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+}
+
+
+def write_safetensors(tensors: dict[str, Tensor], file: Path) -> None:
+    """
+    `safetensors.torch.save_file`, but tensor by tensor and with a progress bar, in bytes.
+
+    The format: length of the header (8 bytes, little endian), header in JSON, padded to a multiple of 8, tensors.
+    """
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for name, tensor in tensors.items():
+        start, end = end, end + tensor.nbytes
+        header[name] = {
+            "dtype": SAFETENSORS_TYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(file, "wb") as stream, tqdm(total=end, desc=f"Writing {file.name}", unit="B", unit_scale=True) as bar:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors.values():
+            stream.write(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+            bar.update(tensor.nbytes)
 
 
 _save_lightning = partial(_save_torch, container="state_dict", names=("model.ckpt", "config.yaml"))
@@ -774,13 +803,15 @@ def convert(
     if to is not None and _is_ours(source):
         model = VQGANModel.from_pretrained(source)
     else:
-        model = load_original(source, format, config, weights, progress=True)
+        model = load_original(source, format, config, weights)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as temporary:
         folder = Path(temporary) / "converted"  # with the permissions that folders normally get
         folder.mkdir()
         if to is None:
-            model.save_pretrained(folder)
+            model.config.architectures = [type(model).__name__]
+            model.config.save_pretrained(folder)
+            write_safetensors(model.state_dict(), folder / SAFE_WEIGHTS_NAME)
             side = model.config.sample_size
             VQGANImageProcessor(
                 size={"shortest_edge": side},
