@@ -186,7 +186,7 @@ def test_stand_in(stand_in):
     unit_range = name.startswith(("openmuse", "maskgit"))
     pixels = images(original, unit_range)
     expected = original.run(pixels)
-    assert len(expected["indices"].unique()) > 4
+    assert len(expected["indices"].unique()) > 2
     model = VQGANModel.from_original(folder)
     result = outputs(model, pixels, unit_range)
     assert result.keys() == expected.keys()
@@ -335,13 +335,19 @@ def test_inside_a_larger_model(tmp_path):
     assert_same(outputs(model, pixels, False), original.run(pixels))
     assert model.config.sample_size == 64
 
+    for prefix in ("module.", "model.vqmodel.", "gen_vision_model."):
+        wrapped = {f"{prefix}{key}": value for key, value in original.state_dict().items()}
+        save_file(wrapped | {"lm_head.weight": torch.zeros(3)}, tmp_path / "wrapped.safetensors")
+        wrapped = VQGANModel.from_original(tmp_path / "wrapped.safetensors", config=TAMING_TARGET)
+        assert_same(outputs(wrapped, pixels, False), original.run(pixels))
+
     # in several files, too
     (tmp_path / "sharded").mkdir()
     halves = list(inner)[::2], list(inner)[1::2]
     places = {}
     for number, half in enumerate(halves):
         save_file({key: inner[key] for key in half}, tmp_path / "sharded" / f"{number}.safetensors")
-        places |= {key: f"{number}.safetensors" for key in half}
+        places |= dict.fromkeys(half, f"{number}.safetensors")
     index = tmp_path / "sharded" / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": places}))
     assert_same(outputs(VQGANModel.from_original(index.parent), pixels, False), original.run(pixels))
