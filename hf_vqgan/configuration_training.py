@@ -37,6 +37,10 @@ class VQGANTrainingConfig:
         None, "`latest`, or a checkpoint folder. Without it, the same command run again resumes too."
     )
 
+    init_from: str | None = option(
+        None, "Start from a trained model: Hub id or folder. Model flags then override its config."
+    )
+
     # From images to pixels
     resolution: int = option(256, "Side in pixels of the square crops to train on.")
     resize: int | None = option(None, "Shorter side before cropping. Default: resolution. 0: keep the image's size.")

@@ -3,6 +3,7 @@
 Nothing about losses on images, discriminators or training is here: see `losses.py` and `training.py`.
 """
 
+import importlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -207,9 +208,7 @@ class VQGANModel(PreTrainedModel):
             ValueError: for a damaged file, an unknown family, a pickle that calls for other code, and tensors that are
                 missing, surplus or misshapen (all of them listed). Nothing is loaded in part.
         """
-        from .conversion import load_original
-
-        model = load_original(path_or_repo, format, config, weights)
+        model = _conversion().load_original(path_or_repo, format, config, weights)
         for tensor in model.state_dict(keep_vars=True).values():  # one by one: the file's pages can go again
             tensor.data = tensor.data.clone()
         return model
@@ -227,9 +226,7 @@ class VQGANModel(PreTrainedModel):
         Raises:
             ValueError: if the project's code cannot hold the model; lists all that stands against it.
         """
-        from .conversion import export_original
-
-        return export_original(self, format)
+        return _conversion().export_original(self, format)
 
     def diffusers_parts(self) -> tuple[dict, dict[str, Tensor]]:
         """
@@ -316,6 +313,12 @@ class VQGANModel(PreTrainedModel):
                 f"resize to {height // factor * factor}x{width // factor * factor} "
                 f"(VQGANImageProcessor(size_divisor={factor}) does)."
             )
+
+
+def _conversion():
+    """The module that knows other projects' formats. It builds on this one, hence the late import; and by name, because
+    transformers sends along whatever a saved model's code imports in a statement."""
+    return importlib.import_module("hf_vqgan.conversion")
 
 
 def build_encoder(config: VQGANConfig) -> nn.Module:

@@ -540,7 +540,11 @@ def build_state(
         accelerator.register_for_checkpointing(schedule)
         return network, optimizer, schedule
 
-    model = VQGANModel(model_config).train().to(memory_format=memory_format(config))
+    if config.init_from is None:
+        model = VQGANModel(model_config)
+    else:
+        model = VQGANModel.from_pretrained(config.init_from, config=model_config, dtype=torch.float32)
+    model = model.train().to(memory_format=memory_format(config))
     model, optimizer, scheduler = optimizer_and_schedule(model, config.learning_rate, config.max_train_steps)
     discriminator = disc_optimizer = disc_scheduler = None
     if config.adversarial_weight and config.disc_start < config.max_train_steps:
