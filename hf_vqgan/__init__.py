@@ -26,6 +26,11 @@ AutoConfig.register("vqgan", VQGANConfig, exist_ok=True)
 AutoModel.register(VQGANConfig, VQGANModel, exist_ok=True)
 AutoImageProcessor.register(VQGANConfig, image_processor_classes={"torchvision": VQGANImageProcessor}, exist_ok=True)
 
+# Saved models carry the code that they need, for `trust_remote_code=True` where this package is not installed.
+VQGANConfig.register_for_auto_class()
+VQGANModel.register_for_auto_class("AutoModel")
+VQGANImageProcessor.register_for_auto_class("AutoImageProcessor")
+
 # diffusers loads a pipeline's components only through libraries on this list. It is not public API, so its absence
 # costs the pipelines that name hf_vqgan, not the import of this package.
 for _name in ("LOADABLE_CLASSES", "ALL_IMPORTABLE_CLASSES"):

@@ -56,6 +56,10 @@ class VQGANTrainingConfig:
         None, "`latest`, or a checkpoint folder. Without it, the same command run again resumes too."
     )
 
+    init_from: str | None = option(
+        None, "Start from a trained model: Hub id or folder. Model flags then override its config."
+    )
+
     # From images to pixels
     resolution: int = option(256, "Side in pixels of the square crops to train on.")
     resize: int | None = option(None, "Shorter side before cropping. Default: resolution. 0: keep the image's size.")
@@ -122,6 +126,11 @@ class VQGANTrainingConfig:
     validation_pictures: int = option(4, "Validation images in reconstructions.png.")
     checkpointing_steps: int = option(500, "Steps between checkpoints; there is always one at the end.")
     checkpoints_total_limit: int | None = option(2, "Keep only the latest so many checkpoints.")
+    push_to_hub: bool = option(False, "Push the run to the Hub at every checkpoint.")
+    hub_model_id: str | None = option(None, "Repository to push to. Default: the name of output_dir.")
+    hub_token: str | None = option(None, "Token to push with. Default: the one of `hf auth login`.")
+    hub_private_repo: bool | None = option(None, "Make a new repository private.")
+    hub_license: str | None = option(None, "Licence of the weights for the model card, as the Hub names it.")
     report_to: str | None = option(None, "Tracker, as Accelerate names it: tensorboard, wandb, trackio, all.")
 
     def __post_init__(self):

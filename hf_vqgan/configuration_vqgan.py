@@ -41,6 +41,19 @@ class VQGANConfig(PreTrainedConfig):
         block_out_channels (`list[int]`, defaults to `(128, 128, 256, 256, 512)`):
             Channels of each resolution level, highest resolution first. Every level but the last halves the
             resolution, so n levels give an f = 2^(n-1) tokenizer.
+        stem_channels (`int`, *optional*):
+            Channels of the encoder's first convolution; `None` means `block_out_channels[0]`. Original code calls them
+            `ch`, which differs from the first level's where `ch_mult[0]` is not 1.
+        decoder_block_out_channels (`list[int]`, *optional*):
+            Channels of the decoder's levels, highest resolution first; `None` means `block_out_channels`.
+        backbone (`str`, defaults to `"vqgan"`):
+            `"vqgan"`: diffusers' encoder and decoder; `"maskgit"`: those of MaskGIT, without attention, strided
+            convolutions and convolutions around the quantizer (https://huggingface.co/papers/2202.04200).
+        encoder_only (`bool`, defaults to `False`): No decoder: images become codes, and `decode` is an error.
+        pixel_range (`list[int]`, defaults to `(-1, 1)`):
+            Range of the pixels that the networks work on, `(-1, 1)` or `(0, 1)`. The model takes and returns [-1, 1]
+            all the same and maps at its borders. (Weights cannot absorb the map: convolutions pad with zeros, which
+            are grey in one range and black in the other.)
         layers_per_block (`int`, defaults to 2): Residual blocks per encoder level (the decoder has one more).
         down_block_types (`list[str]`, *optional*):
             diffusers block per encoder level; `None` means plain blocks with attention at the lowest level.
@@ -59,6 +72,9 @@ class VQGANConfig(PreTrainedConfig):
             (eq. 3 of https://huggingface.co/papers/1711.00937). Applied by the trainer, never by the quantizer.
         codebook_weight (`float`, defaults to 1.0): Weight of the codebook term |sg(z) - e|², which pulls codes to data.
         codebook_l2_norm (`bool`, defaults to `False`): Compare latents and codes on the unit sphere.
+        normalize_on_lookup (`bool`, defaults to `False`):
+            Codes looked up by index have unit length, although `quantize` compares and returns them at their full
+            length (Janus in transformers). Only for `quantizer="vq"` without `codebook_l2_norm`.
         rotation_trick (`bool`, defaults to `False`): Rotate the gradient from code to latent instead of copying it.
         entropy_weight (`float`, defaults to 0.0):
             Weight of the entropy loss E[H(p)] - H(E[p]). 0 means that codebook quantizers do not compute it.
@@ -89,6 +105,11 @@ class VQGANConfig(PreTrainedConfig):
     out_channels: int = 3
     sample_size: int = 256
     block_out_channels: list[int] | tuple[int, ...] = (128, 128, 256, 256, 512)
+    stem_channels: int | None = None
+    decoder_block_out_channels: list[int] | tuple[int, ...] | None = None
+    backbone: str = "vqgan"
+    encoder_only: bool = False
+    pixel_range: list[int] | tuple[int, ...] = (-1, 1)
     layers_per_block: int = 2
     down_block_types: list[str] | tuple[str, ...] | None = None
     up_block_types: list[str] | tuple[str, ...] | None = None
@@ -103,6 +124,7 @@ class VQGANConfig(PreTrainedConfig):
     commitment_weight: float | int = 0.25
     codebook_weight: float | int = 1.0
     codebook_l2_norm: bool = False
+    normalize_on_lookup: bool = False
     rotation_trick: bool = False
     entropy_weight: float | int = 0.0
     entropy_temperature: float | int = 0.01
@@ -140,6 +162,10 @@ class VQGANConfig(PreTrainedConfig):
             self.up_block_types = ("AttnUpDecoderBlock2D",) + ("UpDecoderBlock2D",) * (levels - 1)
         self.down_block_types = tuple(self.down_block_types)
         self.up_block_types = tuple(self.up_block_types)
+        self.pixel_range = tuple(self.pixel_range)
+        if self.stem_channels is None:
+            self.stem_channels = self.block_out_channels[0]
+        self.decoder_block_out_channels = tuple(self.decoder_block_out_channels or self.block_out_channels)
         if self.vq_embed_dim is None:
             self.vq_embed_dim = self.latent_channels
         if self.quantizer == "fsq" and self.fsq_levels:
@@ -150,17 +176,20 @@ class VQGANConfig(PreTrainedConfig):
 
     def _check_values(self):
         levels = len(self.block_out_channels)
-        for name in ("down_block_types", "up_block_types"):
+        for name in ("down_block_types", "up_block_types", "decoder_block_out_channels"):
             if len(getattr(self, name)) != levels:
                 raise ValueError(
                     f"{name} has {len(getattr(self, name))} entries but block_out_channels={self.block_out_channels} "
-                    f"has {levels}. Give one block type per level, or leave {name} out."
+                    f"has {levels}. Give one per level, or leave {name} out."
                 )
-        if bad := [c for c in self.block_out_channels if c % self.norm_num_groups]:
-            raise ValueError(
-                f"norm_num_groups={self.norm_num_groups} does not divide the channel count(s) {bad} in "
-                f"block_out_channels={self.block_out_channels}. Set norm_num_groups to a common divisor."
-            )
+        for name in ("block_out_channels", "decoder_block_out_channels", "stem_channels"):
+            value = getattr(self, name)
+            channels = (value,) if isinstance(value, int) else value
+            if bad := [c for c in channels if c < 1 or c % self.norm_num_groups]:
+                raise ValueError(
+                    f"norm_num_groups={self.norm_num_groups} does not divide the channel count(s) {bad} in "
+                    f"{name}={value}. Set norm_num_groups to a common divisor."
+                )
         for name in (
             "in_channels",
             "out_channels",
@@ -174,15 +203,26 @@ class VQGANConfig(PreTrainedConfig):
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
         if self.norm_type not in ("group", "spatial"):
             raise ValueError(f"norm_type={self.norm_type!r} must be 'group' or 'spatial'.")
-        if self.norm_type == "spatial" and self.vq_embed_dim != self.latent_channels:
+        if self.backbone not in ("vqgan", "maskgit"):
+            raise ValueError(f"backbone={self.backbone!r} must be 'vqgan' or 'maskgit'.")
+        if self.backbone == "maskgit" and self.vq_embed_dim != self.latent_channels:
             raise ValueError(
-                f"norm_type='spatial' feeds the codes to the decoder's norms, so vq_embed_dim={self.vq_embed_dim} must "
+                f"backbone='maskgit' quantizes the encoder's output as it is, so vq_embed_dim={self.vq_embed_dim} must "
                 f"equal latent_channels={self.latent_channels}."
             )
+        if self.backbone == "maskgit" and self.norm_type == "spatial":
+            raise ValueError("backbone='maskgit' has no spatial norms: use norm_type='group'.")
+        if self.pixel_range not in ((-1, 1), (0, 1)):
+            raise ValueError(f"pixel_range={self.pixel_range} must be (-1, 1) or (0, 1).")
         self._check_quantizer()
 
     def _check_quantizer(self):
         kind, codes, dim = self.quantizer, self.num_vq_embeddings, self.vq_embed_dim
+        if self.normalize_on_lookup and (kind != "vq" or self.codebook_l2_norm):
+            raise ValueError(
+                "normalize_on_lookup=True is for quantizer='vq' without codebook_l2_norm, not for "
+                f"quantizer={kind!r} with codebook_l2_norm={self.codebook_l2_norm}."
+            )
         composite = kind in ("residual", "grouped")
         if composite != (self.num_codebooks > 1):
             raise ValueError(

@@ -47,7 +47,7 @@ class EncodingConfig:
     cpu_threads: int | None = option(None, "Threads per process on CPU. Default: the cores shared evenly.")
     push_to_hub: bool = option(False, "Share the result, when complete, as a dataset on the Hub.")
     hub_dataset_id: str | None = option(None, "Its repository, `user/name`. Default: the output folder's name.")
-    hub_private: bool = option(False, "Make the repository private.")
+    hub_private_repo: bool = option(False, "Make the repository private.")
     hub_token: str | None = option(None, "Token for the Hub. Default: the one that is logged in.")
 
     def __post_init__(self):
@@ -124,7 +124,7 @@ def encode_dataset(model_name: str, dataset_name: str, out: str | Path, config: 
     accelerator.print(f"{out}: encoded {total} images in {seconds:.1f} s, {total / seconds:.1f} images/s.")
     if config.push_to_hub and accelerator.is_main_process:
         repository = config.hub_dataset_id or out.resolve().name
-        datasets.load_dataset(str(out)).push_to_hub(repository, private=config.hub_private, token=config.hub_token)
+        datasets.load_dataset(str(out)).push_to_hub(repository, private=config.hub_private_repo, token=config.hub_token)
         print(f"Pushed to {repository}.")
     accelerator.wait_for_everyone()
     return found

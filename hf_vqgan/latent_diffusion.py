@@ -115,7 +115,7 @@ class LatentDiffusionConfig:
     report_to: str | None = option(None, "Tracker, as Accelerate names it: tensorboard, wandb, trackio, all.")
     push_to_hub: bool = option(False, "Share the pipeline on the Hub at the end.")
     hub_model_id: str | None = option(None, "Its repository, `user/name`. Default: the output folder's name.")
-    hub_private: bool = option(False, "Make the repository private.")
+    hub_private_repo: bool = option(False, "Make the repository private.")
     hub_token: str | None = option(None, "Token for the Hub. Default: the one that is logged in.")
 
     def __post_init__(self):
@@ -315,8 +315,6 @@ def denoising_loss(
 class PipelineRunFolder(RunFolder):
     """A run's output folder whose model is a diffusers pipeline."""
 
-    not_identity = (*RunFolder.not_identity, "push_to_hub", "hub_model_id", "hub_private", "hub_token")
-
     def _save_model(self, model: VQGANLatentDiffusionPipeline, folder: Path) -> None:
         model.save_pretrained(folder)
 
@@ -502,7 +500,7 @@ def train_latent_diffusion(config: LatentDiffusionConfig, dry_run: bool = False)
         accelerator.end_training()
     if config.push_to_hub and accelerator.is_main_process:
         repository = config.hub_model_id or Path(config.output_dir).resolve().name
-        pipeline.push_to_hub(repository, private=config.hub_private, token=config.hub_token)
+        pipeline.push_to_hub(repository, private=config.hub_private_repo, token=config.hub_token)
         print(f"Pushed to {repository}.")
     return metrics
 

@@ -3,20 +3,26 @@
 Nothing about losses on images, discriminators or training is here: see `losses.py` and `training.py`.
 """
 
+import importlib
 import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from diffusers import VQModel
+from diffusers.models.activations import get_activation
+from diffusers.models.attention_processor import SpatialNorm
 from diffusers.models.autoencoders.vae import Decoder, DecoderOutput, Encoder, IdentityDistribution
+from diffusers.models.unets.unet_2d_blocks import get_down_block
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from .configuration_vqgan import VQGANConfig
+from .modeling_maskgit import MaskGitDecoder, MaskGitEncoder
 from .quantizers import QUANTIZERS, Quantizer
 
 
@@ -82,30 +88,16 @@ class VQGANModel(PreTrainedModel):
         super().__init__(config)
         if config.quantizer not in QUANTIZERS:
             raise ValueError(f"quantizer={config.quantizer!r} is not one of {', '.join(map(repr, QUANTIZERS))}.")
-        shared = {
-            "block_out_channels": config.block_out_channels,
-            "layers_per_block": config.layers_per_block,
-            "act_fn": config.act_fn,
-            "norm_num_groups": config.norm_num_groups,
-            "mid_block_add_attention": config.mid_block_add_attention,
-        }
-        self.encoder = Encoder(
-            in_channels=config.in_channels,
-            out_channels=config.latent_channels,
-            down_block_types=config.down_block_types,
-            double_z=False,
-            **shared,
-        )
-        self.quant_conv = nn.Conv2d(config.latent_channels, config.vq_embed_dim, 1)
+        self.encoder = build_encoder(config)
         self.quantize: Quantizer = QUANTIZERS[config.quantizer](config)
-        self.post_quant_conv = nn.Conv2d(config.vq_embed_dim, config.latent_channels, 1)
-        self.decoder = Decoder(
-            in_channels=config.latent_channels,
-            out_channels=config.out_channels,
-            up_block_types=config.up_block_types,
-            norm_type=config.norm_type,
-            **shared,
-        )
+        if config.backbone == "vqgan":
+            self.quant_conv = nn.Conv2d(config.latent_channels, config.vq_embed_dim, 1)
+            if not config.encoder_only:
+                self.post_quant_conv = nn.Conv2d(config.vq_embed_dim, config.latent_channels, 1)
+        else:
+            self.quant_conv, self.post_quant_conv = nn.Identity(), nn.Identity()
+        if not config.encoder_only:
+            self.decoder = build_decoder(config)
         self.use_slicing = self.use_tiling = False
         self.post_init()
 
@@ -173,7 +165,10 @@ class VQGANModel(PreTrainedModel):
             ValueError: for integer pixels, a wrong number of channels, or sides that f does not divide.
         """
         self._check_pixels(pixel_values)
-        latents = self._in_parts(lambda x: self.quant_conv(self.encoder(x)), pixel_values.to(self.dtype), encoding=True)
+        pixel_values = pixel_values.to(self.dtype)
+        if self.config.pixel_range == (0, 1):
+            pixel_values = (pixel_values + 1) / 2
+        latents = self._in_parts(lambda x: self.quant_conv(self.encoder(x)), pixel_values, encoding=True)
         return VQGANEncoderOutput(latents=latents) if return_dict else (latents,)
 
     @apply_forward_hook
@@ -228,33 +223,112 @@ class VQGANModel(PreTrainedModel):
         output = VQGANOutput(sample=sample, latents=latents, indices=chosen.indices, losses=chosen.losses)
         return output if return_dict else output.to_tuple()
 
+    @classmethod
+    def from_original(
+        cls,
+        path_or_repo: str | Path,
+        format: str = "auto",
+        config: dict | str | Path | None = None,
+        weights: str = "auto",
+    ) -> "VQGANModel":
+        """
+        Load a checkpoint of another project: taming-transformers, latent diffusion, LlamaGen, Janus, IBQ, openMUSE,
+        MaskGIT, MoVQGAN, Chameleon, diffusers (docs/checkpoints.md). No code from the file is run.
+
+        Args:
+            path_or_repo (`str` or `Path`): A file; a folder; or `owner/name` on the Hub, with `/folder` or `/file`.
+            format (`str`, defaults to `"auto"`): A key of `hf_vqgan.conversion.FAMILIES`, or found out from the keys.
+            config (`dict` or path, *optional*): The original's config, YAML or JSON; by default one beside the file.
+            weights (`str`, defaults to `"auto"`):
+                `"raw"`, or `"ema"` for their moving average; by default what the original's evaluation uses.
+
+        Returns:
+            [`VQGANModel`] in eval mode and in the file's dtype. It takes and gives pixels in [-1, 1], whatever the
+            original did.
+
+        Raises:
+            FileNotFoundError: if there is no such file or folder.
+            ValueError: for a damaged file, an unknown family, a pickle that calls for other code, and tensors that are
+                missing, surplus or misshapen (all of them listed). Nothing is loaded in part.
+        """
+        model = _conversion().load_original(path_or_repo, format, config, weights)
+        for tensor in model.state_dict(keep_vars=True).values():  # one by one: the file's pages can go again
+            tensor.data = tensor.data.clone()
+        return model
+
+    def to_original(self, format: str) -> tuple[dict[str, Tensor], dict]:
+        """
+        The weights by another project's names, and its config.
+
+        Args:
+            format (`str`): `"taming"`, `"ldm"`, `"llamagen"` or `"diffusers"`.
+
+        Returns:
+            `(dict[str, Tensor], dict)`: state dict, sharing memory with the model, and config.
+
+        Raises:
+            ValueError: if the project's code cannot hold the model; lists all that stands against it.
+        """
+        return _conversion().export_original(self, format)
+
+    def diffusers_parts(self) -> tuple[dict, dict[str, Tensor]]:
+        """
+        The arguments and the state dict of an equal `diffusers.VQModel`.
+
+        Raises:
+            ValueError: if `diffusers.VQModel` cannot hold the model; lists all that stands against it.
+        """
+        config, codebook = self.config, self.quantize.to_codebook()
+        obstacles = {
+            f"quantizer={config.quantizer!r} is not nearest-code lookup in a plain codebook": codebook is None,
+            f"backbone={config.backbone!r}": config.backbone != "vqgan",
+            "encoder_only=True": config.encoder_only,
+            f"pixel_range={config.pixel_range}": config.pixel_range != (-1, 1),
+            "normalize_on_lookup=True": config.normalize_on_lookup,
+            f"stem_channels={config.stem_channels}": config.stem_channels != config.block_out_channels[0],
+            f"decoder_block_out_channels={config.decoder_block_out_channels}": (
+                config.decoder_block_out_channels != config.block_out_channels
+            ),
+            f"norm_type='spatial' with vq_embed_dim={config.vq_embed_dim} unlike latent_channels": (
+                config.norm_type == "spatial" and config.vq_embed_dim != config.latent_channels
+            ),
+        }
+        if found := [text for text, applies in obstacles.items() if applies]:
+            raise ValueError(
+                f"diffusers.VQModel cannot hold this model: {'; '.join(found)}. "
+                "Use VQGANModel itself as the pipeline's autoencoder."
+            )
+        names = VQModel._get_init_keys(VQModel) - {"self"}
+        weights = {name: tensor for name, tensor in self.state_dict().items() if not name.startswith("quantize.")}
+        return {name: getattr(config, name) for name in names}, weights | {"quantize.embedding.weight": codebook}
+
     def to_diffusers(self) -> VQModel:
         """
         The same model as a stock `diffusers.VQModel`, with copied weights and equal outputs.
 
         Raises:
-            ValueError: if the quantizer is not nearest-code lookup in a plain codebook.
+            ValueError: if `diffusers.VQModel` cannot hold the model; lists all that stands against it.
         """
-        codebook = self.quantize.to_codebook()
-        if codebook is None:
-            raise ValueError(
-                f"quantizer={self.config.quantizer!r} is not a plain codebook with nearest-code lookup, which is all "
-                "that diffusers.VQModel can hold. Use VQGANModel itself as the pipeline's autoencoder."
-            )
-        shared = VQModel._get_init_keys(VQModel) - {"self"}
-        model = VQModel(**{name: getattr(self.config, name) for name in shared})
-        weights = {name: tensor for name, tensor in self.state_dict().items() if not name.startswith("quantize.")}
-        model.load_state_dict(weights | {"quantize.embedding.weight": codebook})
+        fields, weights = self.diffusers_parts()
+        model = VQModel(**fields)
+        model.load_state_dict(weights)
         for parameter in model.parameters():  # Module.to would warn about layers to keep in float32; there are none
             parameter.data = parameter.data.to(self.device, self.dtype)
         return model.train(self.training)
 
     def _decode_quantized(self, quantized: Tensor) -> Tensor:
+        if self.config.encoder_only:
+            raise ValueError(
+                "this model has encoder_only=True: its checkpoint holds no decoder, so codes cannot become images. "
+                "encode, quantize and encode_indices work."
+            )
+
         def decode(codes: Tensor) -> Tensor:
             # The spatial norms of MoVQ see the codes themselves beside the features.
             return self.decoder(self.post_quant_conv(codes), codes if self.config.norm_type == "spatial" else None)
 
-        return self._in_parts(decode, quantized, encoding=False)
+        sample = self._in_parts(decode, quantized, encoding=False)
+        return sample * 2 - 1 if self.config.pixel_range == (0, 1) else sample
 
     def _in_parts(self, network: Callable[[Tensor], Tensor], x: Tensor, encoding: bool) -> Tensor:
         """`network(x)`, image by image with slicing and tile by tile with tiling."""
@@ -307,6 +381,76 @@ class VQGANModel(PreTrainedModel):
                 f"resize to {height // factor * factor}x{width // factor * factor} "
                 f"(VQGANImageProcessor(size_divisor={factor}) does)."
             )
+
+
+def _conversion():
+    """The module that knows other projects' formats. It builds on this one, hence the late import; and by name, because
+    transformers sends along whatever a saved model's code imports in a statement."""
+    return importlib.import_module("hf_vqgan.conversion")
+
+
+def build_encoder(config: VQGANConfig) -> nn.Module:
+    """The encoder: images `(B, C, H, W)` to features `(B, latent_channels, H/f, W/f)`."""
+    shared = {
+        "in_channels": config.in_channels,
+        "out_channels": config.latent_channels,
+        "block_out_channels": config.block_out_channels,
+        "layers_per_block": config.layers_per_block,
+        "norm_num_groups": config.norm_num_groups,
+    }
+    if config.backbone == "maskgit":
+        return MaskGitEncoder(stem_channels=config.stem_channels, act=get_activation(config.act_fn), **shared)
+    encoder = Encoder(
+        down_block_types=config.down_block_types,
+        act_fn=config.act_fn,
+        mid_block_add_attention=config.mid_block_add_attention,
+        double_z=False,
+        **shared,
+    )
+    first = config.block_out_channels[0]
+    if config.stem_channels != first:  # diffusers has one number for both
+        encoder.conv_in = nn.Conv2d(config.in_channels, config.stem_channels, 3, padding=1)
+        encoder.down_blocks[0] = get_down_block(
+            config.down_block_types[0],
+            num_layers=config.layers_per_block,
+            in_channels=config.stem_channels,
+            out_channels=first,
+            temb_channels=None,
+            add_downsample=len(config.block_out_channels) > 1,
+            resnet_eps=1e-6,
+            resnet_act_fn=config.act_fn,
+            resnet_groups=config.norm_num_groups,
+            downsample_padding=0,
+            attention_head_dim=first,
+        )
+    return encoder
+
+
+def build_decoder(config: VQGANConfig) -> nn.Module:
+    """The decoder: features `(B, latent_channels, h, w)`, and the codes for spatial norms, to images."""
+    shared = {
+        "in_channels": config.latent_channels,
+        "out_channels": config.out_channels,
+        "block_out_channels": config.decoder_block_out_channels,
+        "layers_per_block": config.layers_per_block,
+        "norm_num_groups": config.norm_num_groups,
+    }
+    if config.backbone == "maskgit":
+        return MaskGitDecoder(act=get_activation(config.act_fn), **shared)
+    decoder = Decoder(
+        up_block_types=config.up_block_types,
+        act_fn=config.act_fn,
+        mid_block_add_attention=config.mid_block_add_attention,
+        norm_type=config.norm_type,
+        **shared,
+    )
+    if config.vq_embed_dim != config.latent_channels:  # diffusers has one number for both
+        for norm in decoder.modules():
+            if isinstance(norm, SpatialNorm):
+                channels = norm.norm_layer.num_channels
+                norm.conv_y = nn.Conv2d(config.vq_embed_dim, channels, 1)
+                norm.conv_b = nn.Conv2d(config.vq_embed_dim, channels, 1)
+    return decoder
 
 
 def tile_slices(side: int, tile: int, overlap: int) -> list[slice]:

@@ -6,7 +6,7 @@ Every quantizer keeps four promises, which the test suite checks on each entry o
 1. `forward` changes no weight and no buffer, in training or not. What training has to change besides gradients is done
    by methods that the trainer calls by name: `initialize_codebook`, `update_codebook`, `restart_codes`.
 2. `quantized` equals `codes(indices)` to the last bit: what the decoder sees in training is what it sees later from
-   stored indices.
+   stored indices. (The one exception is asked for by name: `normalize_on_lookup`.)
 3. Codes are chosen in float32 or better, whatever the dtype of the model. In bfloat16 up to all choices are wrong.
 4. Losses are named and unweighted; `loss_names` says in advance which there are.
 """
@@ -372,6 +372,7 @@ class VectorQuantizer(Quantizer):
     def __init__(self, config: VQGANConfig):
         super().__init__(config)
         self.normalize = config.codebook_l2_norm
+        self.normalize_on_lookup = config.normalize_on_lookup
         self.rotation_trick = config.rotation_trick
         self.entropy_temperature = config.entropy_temperature
         self.perturbation_share = config.perturbation_share
@@ -410,7 +411,8 @@ class VectorQuantizer(Quantizer):
         return quantized, indices, {name: losses[name] for name in self.loss_names}
 
     def code_vectors(self, indices: Tensor) -> Tensor:
-        return F.embedding(indices, self.codebook())
+        vectors = F.embedding(indices, self.codebook())
+        return F.normalize(vectors, dim=-1) if self.normalize_on_lookup else vectors
 
     def to_codebook(self) -> Tensor:
         # On the sphere, too: for codes of equal length the nearest to z is the nearest to z/|z|.

@@ -18,15 +18,23 @@ CONFIG_FILE = "training_config.yaml"
 LOG_FILE = "log.jsonl"
 
 
+# Where a run writes to and how it is watched does not make it another run; and a token belongs into no file.
+NOT_IDENTITY = ("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "cpu_threads", "report_to",
+                "push_to_hub", "hub_model_id", "hub_token", "hub_private_repo", "hub_license")  # fmt: skip
+
+
+def public_settings(config: VQGANTrainingConfig) -> dict:
+    """The settings that make a run what it is."""
+    return {name: value for name, value in asdict(config).items() if name not in NOT_IDENTITY}
+
+
 class RunFolder:
     """The output folder of one run. Files appear in it whole or not at all."""
-
-    not_identity = ("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "report_to", "cpu_threads")
 
     def __init__(self, config: VQGANTrainingConfig, model_config: VQGANConfig | None, accelerator: Accelerator):
         self.config, self.accelerator = config, accelerator
         self.folder = Path(config.output_dir)
-        self.identity = {name: value for name, value in asdict(config).items() if name not in self.not_identity}
+        self.identity = public_settings(config)
         if model_config is not None:
             self.identity |= {name: getattr(model_config, name) for name in model_fields()}
 
@@ -139,6 +147,10 @@ class RunFolder:
     def write_metrics(self, metrics: dict) -> None:
         if self.accelerator.is_main_process:
             write_text(self.folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+
+    @property
+    def has_metrics(self) -> bool:
+        return (self.folder / "metrics.json").is_file()
 
     def read_metrics(self) -> dict:
         return json.loads((self.folder / "metrics.json").read_text())

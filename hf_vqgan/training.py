@@ -8,7 +8,7 @@ import math
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
@@ -22,6 +22,7 @@ from .configuration_training import VQGANTrainingConfig
 from .configuration_vqgan import VQGANConfig
 from .data import EpochBatchSampler, ImageTransform, TrainingImages, ValidationImages, load_image_datasets
 from .discriminators import PatchDiscriminator
+from .hub import push_run_to_hub
 from .losses import (
     LPIPS,
     adaptive_weight,
@@ -35,7 +36,7 @@ from .losses import (
 from .metrics import CodebookHealth, LatentStatistics, evaluate_reconstruction, gather_rows, measure_latents
 from .modeling_vqgan import VQGANModel, VQGANOutput
 from .pictures import draw_codebook, draw_curves, draw_reconstructions
-from .run_folder import RunFolder
+from .run_folder import RunFolder, public_settings
 
 logger = logging.getLogger(__name__)
 
@@ -253,16 +254,17 @@ def flat_vectors(latents: Tensor) -> Tensor:
     return latents.detach().float().permute(0, 2, 3, 1).flatten(0, 2)
 
 
-def initialize_codebook(state: TrainState, batches: Iterator[Tensor], vectors_per_code: int = 8) -> None:
+def initialize_codebook(state: TrainState, batches: Iterator[dict], vectors_per_code: int = 8) -> None:
     """Start the codes from the latents of coming batches, of all processes; the main process's result is everyone's."""
     quantizer, rows, have = state.vqgan.quantize, [], 0
     if not quantizer.codebook_parameters():
         return
     with torch.no_grad():
-        for pixels in batches:
-            rows.append(gather_rows(flat_vectors(state.vqgan.encode(pixels).latents)))
+        for number, batch in enumerate(batches, start=1):
+            rows.append(gather_rows(flat_vectors(state.vqgan.encode(batch["pixel_values"]).latents)))
             have += len(rows[-1])
-            if have >= vectors_per_code * quantizer.num_codes:
+            whole_steps = number % state.config.gradient_accumulation_steps == 0
+            if whole_steps and have >= vectors_per_code * quantizer.num_codes:
                 break
     quantizer.initialize_codebook(torch.cat(rows), torch.Generator().manual_seed(state.config.seed))
     broadcast(quantizer)
@@ -288,7 +290,9 @@ def update_codebook(state: TrainState, output: StepOutput) -> int:
     parameters = quantizer.codebook_parameters()
     if not (config.dead_code_restart_steps and parameters and dead.any()):
         return 0
-    vectors = gather_rows(flat_vectors(output.latents))
+    # (processes, micro-batches, ...) to the order in which one process would have seen them
+    vectors = flat_vectors(output.latents).unflatten(0, (1, config.gradient_accumulation_steps, -1))
+    vectors = gather_rows(vectors).transpose(0, 1).flatten(0, 2)
     generator = torch.Generator().manual_seed(config.seed * 1_000_003 + state.step)
     restarted = quantizer.restart_codes(dead.to(vectors.device), vectors, generator)
     broadcast(quantizer)
@@ -355,6 +359,95 @@ def train(config: VQGANTrainingConfig, model_config: VQGANConfig, dry_run: bool 
     )
     share_cpu_threads(config, accelerator)
     set_seed(config.seed)
+    dataset, validation = load_images(config, model_config, accelerator)
+    global_batch = config.train_batch_size * config.gradient_accumulation_steps * accelerator.num_processes
+    if config.max_train_steps is None:
+        steps = max(1, config.num_train_epochs * len(dataset) // global_batch)
+        config = dataclasses.replace(config, max_train_steps=steps)
+    perceptual, metric = load_lpips(config, accelerator)
+    state = build_state(config, model_config, accelerator, perceptual)
+
+    if accelerator.is_main_process:
+        print(describe_plan(state, dataset, validation, global_batch))
+    if dry_run:
+        with torch.no_grad():
+            state.model(dataset[0]["pixel_values"][None].to(accelerator.device))
+        return {}
+
+    run = RunFolder(config, model_config, accelerator)
+    if checkpoint := run.open():
+        accelerator.load_state(str(checkpoint))
+        accelerator.print(f"Resuming from {checkpoint} at step {state.step}.")
+    run.truncate_log(state.step)
+    if state.step >= config.max_train_steps:
+        accelerator.print(f"The run in {config.output_dir} is already complete ({state.step} steps).")
+        return run.read_metrics()
+    if config.report_to:
+        accelerator.init_trackers("vqgan", config={k: str(v) for k, v in public_settings(config).items()})
+
+    progress = tqdm(
+        total=config.max_train_steps, initial=state.step, desc="train", disable=not accelerator.is_main_process
+    )
+    loader = micro_batch_loader(state, dataset)
+    started = time.perf_counter() - state.seconds
+    while state.step < config.max_train_steps:
+        if state.step == config.quantize_start and config.codebook_init == "data":
+            initialize_codebook(state, micro_batch_loader(state, dataset))
+        quantizing = state.quantizing
+        micro_batches = [next(loader) for _ in range(config.gradient_accumulation_steps)]
+        output = training_step(state, [batch["pixel_values"] for batch in micro_batches])
+        restarted = update_codebook(state, output) if quantizing else 0
+        state.seconds = time.perf_counter() - started
+        count_bad_images(state, micro_batches, global_batch)
+        progress.update()
+
+        last = state.step == config.max_train_steps
+        if state.step % config.logging_steps == 0 or last:
+            row = log_row(state, output, restarted, global_batch)
+            run.log(row)
+            watch_codebook(state)
+            shown = ("l1", "perceptual", "adversarial", "perplexity", "usage", "images_per_second")
+            progress.set_postfix({name: f"{row[name]:.3g}" for name in shown if name in row})
+        if last and config.latent_statistics_images:
+            measure_scale(state, dataset)
+        if (state.step % config.validation_steps == 0 and quantizing) or last:
+            metrics = validate(state, validation, metric, run)
+            progress.write(
+                f"step {state.step}: validation PSNR {metrics['psnr']:.2f} dB, SSIM {metrics['ssim']:.3f}, "
+                f"LPIPS ({config.validation_net}) {metrics['lpips']:.3f}; training perplexity "
+                f"{metrics['perplexity']:.0f} of {state.health.num_codes}, usage {metrics['usage']:.1%}"
+            )
+        if state.step % config.checkpointing_steps == 0 or last:
+            run.save_checkpoint(state.vqgan, state.step)
+            if config.push_to_hub and accelerator.is_main_process and run.has_metrics:
+                push_run_to_hub(
+                    run.folder,
+                    config.hub_model_id or run.folder.name,
+                    token=config.hub_token,
+                    private=config.hub_private_repo,
+                    license=config.hub_license,
+                    commit_message=f"Step {state.step} of {config.max_train_steps}",
+                )
+    progress.close()
+    for count, what in ((state.unreadable, "unreadable and skipped"), (state.upscaled, "small and enlarged")):
+        if count:
+            accelerator.print(f"Training images {what}, counted over all epochs: {count}.")
+    if config.report_to:
+        accelerator.end_training()
+    return metrics
+
+
+def load_images(
+    config: VQGANTrainingConfig, model_config: VQGANConfig, accelerator: Accelerator
+) -> tuple[TrainingImages, ValidationImages]:
+    """The training and validation images that the configuration names, checked against the model's factor."""
+    factor = model_config.downsample_factor
+    if config.resolution % factor:
+        raise ValueError(
+            f"resolution={config.resolution} is not a multiple of {factor}, the downsampling factor of "
+            f"{len(model_config.block_out_channels)} levels in block_out_channels."
+        )
+    transform = ImageTransform(config.resolution, config.resize, config.center_crop, config.random_flip)
     with accelerator.main_process_first():  # one process fills the dataset cache, the others read it
         train_images, validation_images = load_image_datasets(
             config.dataset_name,
@@ -370,25 +463,16 @@ def train(config: VQGANTrainingConfig, model_config: VQGANConfig, dry_run: bool 
             revision=config.dataset_revision,
             seed=config.seed,
         )
-    transform = ImageTransform(config.resolution, config.resize, config.center_crop, config.random_flip)
-    if config.resolution % model_config.downsample_factor:
-        raise ValueError(
-            f"resolution={config.resolution} is not a multiple of {model_config.downsample_factor}, the downsampling "
-            f"factor of {len(model_config.block_out_channels)} levels in block_out_channels."
-        )
-    dataset = TrainingImages(train_images, transform, config.seed, config.crops_per_image)
-    validation = ValidationImages(
-        validation_images, transform, config.validate_whole_images, model_config.downsample_factor
-    )
+    validation = ValidationImages(validation_images, transform, config.validate_whole_images, factor)
     if not len(validation):
         raise ValueError(f"none of the {len(validation_images)} validation images can be read.")
-    global_batch = config.train_batch_size * config.gradient_accumulation_steps * accelerator.num_processes
-    if config.max_train_steps is None:
-        config = dataclasses.replace(
-            config, max_train_steps=max(1, config.num_train_epochs * len(dataset) // global_batch)
-        )
-    with accelerator.main_process_first():  # likewise for the LPIPS networks' weights
-        given = config.perceptual_weights_path if config.validation_net == config.perceptual_net else None
+    return TrainingImages(train_images, transform, config.seed, config.crops_per_image), validation
+
+
+def load_lpips(config: VQGANTrainingConfig, accelerator: Accelerator) -> tuple[LPIPS | None, LPIPS]:
+    """The LPIPS networks of the loss (`None` if it has no weight) and of the validation metric."""
+    given = config.perceptual_weights_path if config.validation_net == config.perceptual_net else None
+    with accelerator.main_process_first():  # one process fetches the weights, the others read the cache
         metric = LPIPS(config.validation_net, given)
         perceptual = None
         if config.perceptual_weight:
@@ -399,97 +483,44 @@ def train(config: VQGANTrainingConfig, model_config: VQGANConfig, dry_run: bool 
                 f"resolution={config.resolution} is too small for LPIPS with {flag}={network.net!r}, which needs "
                 f"{network.min_side} pixels here. Raise --resolution or --perceptual_upscale, or take `vgg`."
             )
-    state = build_state(config, model_config, accelerator, perceptual)
-    metric.to(accelerator.device)
+        if network is not None:
+            network.to(accelerator.device, memory_format=memory_format(config))
+    return perceptual, metric
 
-    if accelerator.is_main_process:
-        print(describe_plan(state, dataset, validation, global_batch))
-    if dry_run:
-        with torch.no_grad():
-            state.model(dataset[0]["pixel_values"][None].to(accelerator.device))
-        return {}
 
-    run = RunFolder(config, model_config, accelerator)
-    if checkpoint := run.open():
-        accelerator.load_state(str(checkpoint))
-        accelerator.print(f"Resuming from {checkpoint} at step {state.step}.")
-    run.truncate_log(state.step)
-    if config.report_to:
-        accelerator.init_trackers("vqgan", config={k: str(v) for k, v in asdict(config).items()})
-
-    def batches(start_step: int) -> DataLoader:
-        """Micro-batches from optimizer step `start_step` to the end of the run."""
-        per_step = config.gradient_accumulation_steps * accelerator.num_processes
-        sampler = EpochBatchSampler(
-            len(dataset),
-            config.train_batch_size,
-            num_batches=(config.max_train_steps - start_step) * per_step,
-            seed=config.seed,
-            start=start_step * per_step,
-        )
-        workers = config.dataloader_num_workers
-        return accelerator.prepare_data_loader(DataLoader(dataset, batch_sampler=sampler, num_workers=workers))
-
-    progress = tqdm(
-        total=config.max_train_steps, initial=state.step, desc="train", disable=not accelerator.is_main_process
+def micro_batch_loader(state: TrainState, dataset: TrainingImages) -> Iterator[dict[str, Tensor]]:
+    """This process's micro-batches from the current step to the end of the run, on its device."""
+    config, accelerator = state.config, state.accelerator
+    per_step = config.gradient_accumulation_steps * accelerator.num_processes
+    sampler = EpochBatchSampler(
+        len(dataset),
+        config.train_batch_size,
+        num_batches=(config.max_train_steps - state.step) * per_step,
+        seed=config.seed,
+        start=state.step * per_step,
     )
-    loader = iter(batches(state.step))
-    started = time.perf_counter() - state.seconds
-    metrics: dict[str, float] = {}
-    while state.step < config.max_train_steps:
-        if state.step == config.quantize_start and config.codebook_init == "data":
-            initialize_codebook(state, (batch["pixel_values"] for batch in batches(state.step)))
-        quantizing = state.quantizing
-        micro_batches = [next(loader) for _ in range(config.gradient_accumulation_steps)]
-        output = training_step(state, [channels_last(config, batch["pixel_values"]) for batch in micro_batches])
-        state.seconds = time.perf_counter() - started
-        count_bad_images(state, micro_batches, global_batch)
+    loader = DataLoader(dataset, batch_sampler=sampler, num_workers=config.dataloader_num_workers)
+    for batch in accelerator.prepare_data_loader(loader):
+        yield batch | {"pixel_values": batch["pixel_values"].contiguous(memory_format=memory_format(config))}
 
-        restarted = update_codebook(state, output) if quantizing else 0
 
-        progress.update()
-        last = state.step == config.max_train_steps
-        if state.step % config.logging_steps == 0 or last:
-            report = state.health.report()
-            row = {
-                "step": state.step,
-                **output.losses,
-                "adaptive_weight": output.adaptive_weight,
-                "grad_norm": output.grad_norm,
-                "disc_grad_norm": output.disc_grad_norm,
-                "learning_rate": state.scheduler.get_last_lr()[0],
-                "perplexity": report.perplexity,
-                "usage": report.usage,
-                "dead_codes": report.dead_codes,
-                "top_code_share": report.top_code_share,
-                "restarted_codes": restarted,
-                "images_per_second": state.step * global_batch / state.seconds,
-            }
-            run.log(row)
-            watch_codebook(state)
-            shown = ("l1", "perceptual", "adversarial", "perplexity", "usage")
-            progress.set_postfix({name: f"{row[name]:.3g}" for name in shown if name in row})
-        if last and config.latent_statistics_images:
-            measure_scale(state, dataset)
-        if (state.step % config.validation_steps == 0 and quantizing) or last:
-            metrics = validate(state, validation, metric, run)
-            progress.write(
-                f"step {state.step}: validation PSNR {metrics['psnr']:.2f} dB, SSIM {metrics['ssim']:.3f}, "
-                f"LPIPS ({config.validation_net}) {metrics['lpips']:.3f}; training perplexity "
-                f"{metrics['perplexity']:.0f} of {state.health.num_codes}, usage {metrics['usage']:.1%}"
-            )
-        if state.step % config.checkpointing_steps == 0 or last:
-            run.save_checkpoint(state.vqgan, state.step)
-    progress.close()
-    for count, what in ((state.unreadable, "unreadable and skipped"), (state.upscaled, "small and enlarged")):
-        if count:
-            accelerator.print(f"Training images {what}, counted over all epochs: {count}.")
-    if not metrics:
-        accelerator.print(f"The run in {config.output_dir} is already complete ({state.step} steps).")
-        metrics = run.read_metrics()
-    if config.report_to:
-        accelerator.end_training()
-    return metrics
+def log_row(state: TrainState, output: StepOutput, restarted: int, global_batch: int) -> dict[str, float]:
+    """One line of log.jsonl: every loss, unweighted, and how the run is doing."""
+    report = state.health.report()
+    return {
+        "step": state.step,
+        **output.losses,
+        "adaptive_weight": output.adaptive_weight,
+        "grad_norm": output.grad_norm,
+        "disc_grad_norm": output.disc_grad_norm,
+        "learning_rate": state.scheduler.get_last_lr()[0],
+        "perplexity": report.perplexity,
+        "usage": report.usage,
+        "dead_codes": report.dead_codes,
+        "top_code_share": report.top_code_share,
+        "restarted_codes": restarted,
+        "images_per_second": state.step * global_batch / state.seconds,
+    }
 
 
 def build_state(
@@ -513,20 +544,22 @@ def build_state(
         accelerator.register_for_checkpointing(schedule)
         return network, optimizer, schedule
 
-    memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
     # A copy: the scaling factor measured at the end must not change the settings by which the run is recognised.
-    model = VQGANModel(copy.deepcopy(model_config)).train().to(memory_format=memory_format)
+    model_config = copy.deepcopy(model_config)
+    if config.init_from is None:
+        model = VQGANModel(model_config)
+    else:
+        model = VQGANModel.from_pretrained(config.init_from, config=model_config, dtype=torch.float32)
+    model = model.train().to(memory_format=memory_format(config))
     model, optimizer, scheduler = optimizer_and_schedule(model, config.learning_rate, config.max_train_steps)
     discriminator = disc_optimizer = disc_scheduler = None
     if config.adversarial_weight and config.disc_start < config.max_train_steps:
         discriminator = PatchDiscriminator(model_config.out_channels, config.disc_channels, config.disc_layers)
         discriminator, disc_optimizer, disc_scheduler = optimizer_and_schedule(
-            discriminator.to(memory_format=memory_format),
+            discriminator.to(memory_format=memory_format(config)),
             config.learning_rate if config.disc_learning_rate is None else config.disc_learning_rate,
             config.max_train_steps - config.disc_start,
         )
-    if perceptual is not None:
-        perceptual = perceptual.to(accelerator.device, memory_format=memory_format)
     health = CodebookHealth(model_config.num_vq_embeddings, model_config.num_codebooks, config.codebook_window)
     state = TrainState(
         config,
@@ -552,14 +585,14 @@ def measure_scale(state: TrainState, dataset: TrainingImages, batch_size: int = 
 
     def load(number: int) -> Tensor:
         crops = [dataset[item]["pixel_values"] for item in batches[number][: sizes[number]]]
-        return channels_last(state.config, torch.stack(crops))
+        return torch.stack(crops).contiguous(memory_format=memory_format(state.config))
 
     state.latents = measure_latents(state.vqgan, load, len(sizes))
     config.scaling_factor, config.shift_factor = 1 / state.latents.std, state.latents.mean
 
 
-def channels_last(config: VQGANTrainingConfig, pixels: Tensor) -> Tensor:
-    return pixels.contiguous(memory_format=torch.channels_last) if config.channels_last else pixels
+def memory_format(config: VQGANTrainingConfig) -> torch.memory_format:
+    return torch.channels_last if config.channels_last else torch.contiguous_format
 
 
 def share_cpu_threads(config: VQGANTrainingConfig, accelerator: Accelerator) -> None:
@@ -633,7 +666,7 @@ def validate(state: TrainState, validation: ValidationImages, metric: LPIPS, run
     """
     config, accelerator = state.config, state.accelerator
     mine = range(accelerator.process_index, len(validation), accelerator.num_processes)
-    images = (channels_last(config, validation[index][None]) for index in mine)
+    images = (validation[index][None].contiguous(memory_format=memory_format(config)) for index in mine)
     found = evaluate_reconstruction(state.vqgan, images, metric).as_dict()
     run.log({"step": state.step} | {f"validation_{name}": value for name, value in found.items()})
 

@@ -62,13 +62,13 @@ def variants(num_codes: int) -> dict[str, tuple[dict, dict]]:
     }
 
 
-def perplexity_bound(arguments: StudyArguments, patch: int = 12, images: int = 256) -> float:
+def local_content_perplexity(arguments: StudyArguments, patch: int = 12, images: int = 256) -> float:
     """
-    An upper bound of perplexity that the data set, whatever the quantizer: latents of equal image content get equal
-    codes. Counts the f-spaced `patch`-pixel windows of the training images; those that recur exactly (white
-    background, mostly) can share the mass of one code at best, all others are taken to spread evenly over the rest.
-    The window is smaller than the encoder's receptive field, which tells more apart: a bound for what local content
-    allows, not a theorem.
+    The perplexity that an ideal quantizer would reach if it saw `patch` pixels around each position: windows that recur
+    exactly (white background, mostly) share one code each, all others spread evenly over the rest of the codes.
+
+    A yardstick, not a bound: an encoder whose receptive field is larger may give the same background different codes,
+    depending on what is near. The bound is K, or the number of positions if that is smaller.
     """
     train_images, _ = load_image_datasets(arguments.dataset_name, seed=arguments.seed)
     dataset = TrainingImages(train_images, ImageTransform(arguments.resolution, 0, random_flip=False))
@@ -130,7 +130,7 @@ def run_variant(arguments: StudyArguments, name: str, model_fields: dict, traini
     }
 
 
-def draw(results: dict[str, dict], bound: float) -> Figure:
+def draw(results: dict[str, dict], local: float) -> Figure:
     figure = Figure(figsize=(15, 5), layout="constrained")
     panels = figure.subplots(1, 3)
     for number, (name, result) in enumerate(results.items()):
@@ -142,11 +142,11 @@ def draw(results: dict[str, dict], bound: float) -> Figure:
         panels[2].annotate(
             name, (result["usage"], result["lpips"]), fontsize=8, xytext=(3, 3), textcoords="offset points"
         )
-    panels[0].axhline(bound, color="grey", linewidth=0.5)
-    panels[0].set(title="perplexity, last 50 steps (grey: bound of the data)", xlabel="step", yscale="log")
+    panels[0].axhline(local, color="grey", linewidth=0.5)
+    panels[0].set(title="perplexity, last 50 steps (grey: ideal for local content)", xlabel="step", yscale="log")
     panels[1].set(title="share of codes used, last 50 steps", xlabel="step")
     panels[2].set(title="validation LPIPS (lower is better)", xlabel="share of codes used at the end")
-    panels[1].legend(fontsize=8)
+    panels[0].legend(fontsize=7, loc="lower left", ncols=2)
     return figure
 
 
@@ -161,7 +161,7 @@ def main() -> None:
         if not arguments.variants or name in arguments.variants:
             print(f"--- {name}", flush=True)
             results[name] = run_variant(arguments, name, *fields)
-    bound = perplexity_bound(arguments)
+    local = local_content_perplexity(arguments)
     lines = ["| variant | perplexity | usage | PSNR (dB) | LPIPS |", "|---|---|---|---|---|"]
     for name, result in results.items():
         cells = (
@@ -171,10 +171,10 @@ def main() -> None:
             f"{result['lpips']:.3f}",
         )
         lines.append(f"| {name} | {' | '.join(cells)} |")
-    lines.append(f"\nBound of perplexity by the data: {bound:.0f} of {arguments.num_vq_embeddings}.")
+    lines.append(f"\nPerplexity that local content would give an ideal quantizer: {local:.0f}; bound: all codes.")
     (folder / "study.md").write_text("\n".join(lines) + "\n")
-    (folder / "study.json").write_text(json.dumps({"bound": bound, "results": results}, indent=1))
-    draw(results, bound).savefig(folder / "study.png")
+    (folder / "study.json").write_text(json.dumps({"local_content_perplexity": local, "results": results}, indent=1))
+    draw(results, local).savefig(folder / "study.png")
     print("\n".join(lines))
 
 

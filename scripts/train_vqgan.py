@@ -27,7 +27,11 @@ def main() -> None:
     parser.add_argument("--dry_run", action="store_true", help="Check everything, print the plan, train nothing.")
     try:
         config, model, flags = parser.parse()
-        model_config = VQGANConfig(**{"sample_size": config.resolution} | given(model))
+        fields = {"sample_size": config.resolution} | given(model)
+        if config.init_from is None:
+            model_config = VQGANConfig(**fields)
+        else:
+            model_config = VQGANConfig.from_pretrained(config.init_from, **fields)
         train(config, model_config, dry_run=flags.dry_run)
     except (
         ValueError,

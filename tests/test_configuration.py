@@ -33,7 +33,13 @@ def test_misspelt_field_is_reported_with_the_right_name():
         ({"quantizer": "grouped", "num_codebooks": 3, "vq_embed_dim": 8}, "vq_embed_dim=8 is not a multiple"),
         ({"quantizer": "residual", "num_codebooks": 2, "base_quantizer": "fsq"}, "base_quantizer='fsq' must be one of"),
         ({"ema_decay": 1.5}, "ema_decay=1.5 must be in"),
-        ({"norm_type": "spatial", "vq_embed_dim": 8, "latent_channels": 16}, "vq_embed_dim=8 must.*latent_channels=16"),
+        ({"backbone": "resnet"}, "backbone='resnet' must be"),
+        ({"backbone": "maskgit", "vq_embed_dim": 8, "latent_channels": 16}, "vq_embed_dim=8 must.*latent_channels=16"),
+        ({"backbone": "maskgit", "vq_embed_dim": None, "norm_type": "spatial"}, "no spatial norms"),
+        ({"pixel_range": (0, 255)}, r"pixel_range=\(0, 255\) must be"),
+        ({"stem_channels": 48}, r"does not divide.*\[48\] in stem_channels=48"),
+        ({"decoder_block_out_channels": (32,)}, "decoder_block_out_channels has 1 entries"),
+        ({"normalize_on_lookup": True, "quantizer": "ibq"}, "normalize_on_lookup=True is for quantizer='vq'"),
     ],
 )
 def test_contradictions_are_named(fields, message):

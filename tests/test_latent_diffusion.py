@@ -147,7 +147,7 @@ def test_unreadable_images_lose_their_row(tmp_path, labelled, vqgan, caplog):
 def test_encoded_dataset_is_pushed(tmp_path, labelled, vqgan, monkeypatch):
     pushed = []
     monkeypatch.setattr(datasets.DatasetDict, "push_to_hub", lambda *args, **options: pushed.append((args, options)))
-    options = dict(push_to_hub=True, hub_dataset_id="user/codes", hub_private=True, hub_token="secret")
+    options = dict(push_to_hub=True, hub_dataset_id="user/codes", hub_private_repo=True, hub_token="secret")
     encode_dataset(vqgan, labelled, tmp_path / "out", encoding(**options))
     ((splits, repository), options), = pushed  # fmt: skip
     assert splits["train"].num_rows == 10 and repository == "user/codes"

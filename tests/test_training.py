@@ -192,7 +192,7 @@ def test_what_a_run_leaves_behind(image_folder, random_trunk, tmp_path, tiny):
     assert json.loads((folder / "metrics.json").read_text()) == metrics
     assert {"psnr", "ssim", "lpips", "perplexity", "usage", "seconds", "measured_on"} <= metrics.keys()
     assert metrics["steps"] == 6 and metrics["num_images"] == 2
-    names = {file.name for file in folder.iterdir()}
+    names = {file.name for file in folder.iterdir() if file.suffix != ".py"}  # the code travels with the model
     assert names == {
         "codebook.png",
         "config.json", "model.safetensors", "preprocessor_config.json", "metrics.json", "reconstructions.png",
@@ -292,6 +292,15 @@ def test_collapse_is_warned_of_once_or_stops_the_run(image_folder, random_trunk,
     assert [record.message for record in caplog.records].count("The codebook has collapsed.") == 1
     with pytest.raises(CodebookCollapse, match="step 1: The codebook has collapsed"):
         train(run_config(image_folder, random_trunk, tmp_path / "stopped", stop_on_collapse=True), tiny)
+
+
+def test_fine_tuning_starts_from_the_given_model(image_folder, random_trunk, tmp_path, tiny_model):
+    tiny_model.save_pretrained(tmp_path / "pretrained")
+    config = run_config(image_folder, random_trunk, tmp_path / "run", init_from=str(tmp_path / "pretrained"),
+                        max_train_steps=1, learning_rate=0.0, quantize_start=0, codebook_init="none")  # fmt: skip
+    train(config, tiny_model.config)
+    tuned = VQGANModel.from_pretrained(tmp_path / "run").state_dict()
+    assert all(torch.equal(tuned[name], tensor) for name, tensor in tiny_model.state_dict().items())
 
 
 def test_dry_run_writes_nothing(image_folder, random_trunk, tmp_path, tiny, capsys):

@@ -1,0 +1,122 @@
+"""README.md of a pushed model: what it is, how good, how to load it, how it was made."""
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from .configuration_vqgan import VQGANConfig
+
+TEMPLATE = """---
+{{ card_data }}
+---
+
+# {{ name }}
+
+An image tokenizer: {{ resolution }}x{{ resolution }} pixels become {{ side }}x{{ side }} codes out of
+{{ "{:,}".format(codes) }} (quantizer `{{ quantizer }}`, f{{ factor }}), and images again. Trained with hf_vqgan.
+
+![original, reconstruction, code map](reconstructions.png)
+
+Rows: original | reconstruction | code map (similar codes have similar colours).
+
+## Quality
+
+| metric | value | measured on |
+|---|---|---|
+{% for row in figures %}| {{ row.name }} | {{ row.value }} | {{ row.on }} |
+{% endfor %}
+![use of the codebook](codebook.png)
+
+## Loading
+
+```python
+from hf_vqgan import VQGANImageProcessor, VQGANModel
+
+model = VQGANModel.from_pretrained("{{ repo_id }}")
+processor = VQGANImageProcessor.from_pretrained("{{ repo_id }}")
+indices = model.encode_indices(processor(image, return_tensors="pt")["pixel_values"])
+image = processor.postprocess(model.decode_indices(indices).sample)[0]
+```
+
+Without the package, its code travels with the model (needs transformers and diffusers):
+
+```python
+model = transformers.AutoModel.from_pretrained("{{ repo_id }}", trust_remote_code=True)
+```
+{% if has_diffusers %}
+As a stock diffusers autoencoder:
+
+```python
+vae = diffusers.VQModel.from_pretrained("{{ repo_id }}", subfolder="diffusers")
+```
+{% endif %}
+## Training
+
+Data: {{ dataset }}. Settings: [training_config.yaml](training_config.yaml). Curves:
+[curves.png](curves.png).
+
+```bash
+accelerate launch scripts/train_vqgan.py --config training_config.yaml
+```
+"""
+
+# name in metrics.json -> (title, type on the Hub, digits, key of `measured_on`)
+FIGURES = {
+    "psnr": ("PSNR (dB)", "psnr", 2, "psnr, ssim, lpips, l1, validation_*"),
+    "ssim": ("SSIM", "ssim", 3, "psnr, ssim, lpips, l1, validation_*"),
+    "lpips": ("LPIPS", "lpips", 3, "psnr, ssim, lpips, l1, validation_*"),
+    "perplexity": ("codebook perplexity", "perplexity", 0, "perplexity, usage"),
+    "usage": ("codebook usage", "codebook-usage", 3, "perplexity, usage"),
+}
+
+
+def make_model_card(
+    repo_id: str, settings: dict, model_config: VQGANConfig, metrics: dict, has_diffusers: bool, license: str | None
+) -> ModelCard:
+    """
+    The card of a trained model.
+
+    Args:
+        repo_id (`str`): Where it will be found, `user/name`.
+        settings (`dict`): training_config.yaml of its run.
+        metrics (`dict`): metrics.json of its run.
+        has_diffusers (`bool`): Whether the repository has a `diffusers/` folder.
+        license (`str`, *optional*): Licence of the weights, as the Hub names it.
+    """
+    dataset_name = settings["dataset_name"]
+    on_hub = "/" in dataset_name and not dataset_name.startswith((".", "/", "package:"))
+    measured = metrics["measured_on"]
+    data = ModelCardData(
+        license=license,
+        library_name="hf_vqgan",
+        pipeline_tag="image-to-image",
+        tags=["vqgan", "vq-vae", "image-tokenizer", "transformers", "diffusers"],
+        datasets=[dataset_name] if on_hub else None,
+        model_name=repo_id.split("/")[-1],
+        eval_results=[
+            EvalResult(
+                task_type="image-to-image",
+                dataset_type=dataset_name if on_hub else "local",
+                dataset_name=dataset_name,
+                metric_type=kind,
+                metric_name=title,
+                metric_value=round(metrics[name], 4),
+            )
+            for name, (title, kind, _, _) in FIGURES.items()
+        ],
+    )
+    return ModelCard.from_template(
+        data,
+        template_str=TEMPLATE,
+        name=repo_id.split("/")[-1],
+        repo_id=repo_id,
+        resolution=settings["resolution"],
+        side=settings["resolution"] // model_config.downsample_factor,
+        codes=model_config.num_vq_embeddings,
+        quantizer=model_config.quantizer,
+        factor=model_config.downsample_factor,
+        figures=[
+            {"name": title, "value": f"{metrics[name]:.{digits}f}", "on": measured[key]}
+            for name, (title, _, digits, key) in FIGURES.items()
+        ],
+        has_diffusers=has_diffusers,
+        dataset=f"[{dataset_name}](https://huggingface.co/datasets/{dataset_name})" if on_hub else f"`{dataset_name}`",
+    )
