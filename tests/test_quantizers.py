@@ -8,14 +8,12 @@ from conftest import SPECIAL
 from diffusers.models.autoencoders.vae import VectorQuantizer as DiffusersVectorQuantizer
 
 from hf_vqgan import QUANTIZERS, VQGANConfig, VQGANModel
+from hf_vqgan.lookup import kmeans, kmeans_plus_plus, nearest_code
 from hf_vqgan.quantizers import (
     VectorQuantizer,
     _Rotate,
     entropy_loss,
     entropy_loss_of_bits,
-    kmeans,
-    kmeans_plus_plus,
-    nearest_code,
 )
 
 D, K = 4, 32
