@@ -28,29 +28,33 @@ def nearest_code(vectors: Tensor, codebook: Tensor, tile: int = 1024) -> Tensor:
     with torch.no_grad(), torch.autocast(vectors.device.type, enabled=False):
         vectors, codebook = vectors.to(dtype), codebook.to(dtype)
         z = torch.cat([vectors, vectors.new_ones(len(vectors), 1)], dim=1)
-        codes = torch.cat([-codebook, 0.5 * codebook.square().sum(dim=1, keepdim=True)], dim=1)
-        tiles = codes.split(tile)
-        buffer = z.new_empty(min(len(z), tile) * min(len(codes), tile))
+        tiles = codebook.split(tile)
+        buffer = z.new_empty(min(len(z), tile) * len(tiles[0]))
 
-        def scores(rows: Tensor, number: int) -> Tensor:
-            out = buffer[: len(rows) * len(tiles[number])].view(len(rows), len(tiles[number]))
-            return torch.mm(rows, tiles[number].T, out=out)
+        def with_norms(codes: Tensor) -> Tensor:
+            return torch.cat([-codes, 0.5 * codes.square().sum(dim=1, keepdim=True)], dim=1)
+
+        def scores(rows: Tensor, codes: Tensor) -> Tensor:
+            return torch.mm(rows, codes.T, out=buffer[: len(rows) * len(codes)].view(len(rows), len(codes)))
 
         if len(tiles) == 1:
-            return torch.cat([scores(rows, 0).argmin(dim=1) for rows in z.split(tile)])
+            codes = with_norms(codebook)
+            return torch.cat([scores(rows, codes).argmin(dim=1) for rows in z.split(tile)])
+        best = z.new_full((len(z),), torch.inf)
         best_tile = torch.zeros(len(z), dtype=torch.int64, device=z.device)
-        for rows, chosen in zip(z.split(tile), best_tile.split(tile), strict=True):
-            best = scores(rows, 0).amin(dim=1)
-            for number in range(1, len(tiles)):
-                score = scores(rows, number).amin(dim=1)
-                chosen.masked_fill_(score < best, number)  # strictly: an equal code of an earlier tile stays
-                torch.minimum(best, score, out=best)
+        for number, codes in enumerate(map(with_norms, tiles)):
+            for rows, low, chosen in zip(z.split(tile), best.split(tile), best_tile.split(tile), strict=True):
+                score = scores(rows, codes).amin(dim=1)
+                chosen.masked_fill_(score < low, number)  # strictly: an equal code of an earlier tile stays
+                torch.minimum(low, score, out=low)
 
         indices = torch.empty_like(best_tile)
-        by_tile = best_tile.argsort().split(best_tile.bincount(minlength=len(tiles)).tolist())
-        for number, members in enumerate(by_tile):
-            for some in members.split(tile):
-                indices[some] = scores(z[some], number).argmin(dim=1) + number * tile
+        members_of_tiles = best_tile.argsort().split(best_tile.bincount(minlength=len(tiles)).tolist())
+        for number, members in enumerate(members_of_tiles):
+            if len(members):
+                codes = with_norms(tiles[number])
+                for some in members.split(tile):
+                    indices[some] = scores(z[some], codes).argmin(dim=1) + number * tile
     return indices
 
 

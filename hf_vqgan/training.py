@@ -419,22 +419,27 @@ def train(config: VQGANTrainingConfig, model_config: VQGANConfig, dry_run: bool 
             )
         if state.step % config.checkpointing_steps == 0 or last:
             run.save_checkpoint(state.vqgan, state.step)
-            if config.push_to_hub and accelerator.is_main_process and run.has_metrics:
-                push_run_to_hub(
-                    run.folder,
-                    config.hub_model_id or run.folder.name,
-                    token=config.hub_token,
-                    private=config.hub_private_repo,
-                    license=config.hub_license,
-                    commit_message=f"Step {state.step} of {config.max_train_steps}",
-                )
+            push(state, run)
     progress.close()
-    for count, what in ((state.unreadable, "unreadable and skipped"), (state.upscaled, "small and enlarged")):
-        if count:
-            accelerator.print(f"Training images {what}, counted over all epochs: {count}.")
+    if state.unreadable or state.upscaled:
+        accelerator.print(f"Over all epochs: {state.unreadable} unreadable images skipped, {state.upscaled} enlarged.")
     if config.report_to:
         accelerator.end_training()
     return metrics
+
+
+def push(state: TrainState, run: RunFolder) -> None:
+    """Push the run to the Hub, if it is to be pushed and has been validated at least once."""
+    config = state.config
+    if config.push_to_hub and state.accelerator.is_main_process and run.has_metrics:
+        push_run_to_hub(
+            run.folder,
+            config.hub_model_id or run.folder.name,
+            token=config.hub_token,
+            private=config.hub_private_repo,
+            license=config.hub_license,
+            commit_message=f"Step {state.step} of {config.max_train_steps}",
+        )
 
 
 def load_images(

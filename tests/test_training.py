@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from accelerate import Accelerator
 from conftest import SPECIAL, TINY
 from PIL import Image
 
+import hf_vqgan
 from hf_vqgan import QUANTIZERS, VQGANConfig, VQGANModel
 from hf_vqgan.configuration_vqgan import model_fields
 from hf_vqgan.data import ImageTransform, TrainingImages, load_image_datasets
@@ -335,6 +337,14 @@ def test_too_many_unreadable_images_stop_the_run(image_folder, random_trunk, tmp
         config, max_unreadable_share=1.0, max_train_steps=3, output_dir=str(tmp_path / "other")
     )
     assert train(tolerant, tiny)["unreadable_images"] > 0
+
+
+def test_every_field_of_the_configuration_is_read():
+    """A flag that nothing reads is a lie."""
+    package = Path(hf_vqgan.__file__).parent
+    sources = [file.read_text() for file in package.glob("*.py") if file.name != "configuration_training.py"]
+    names = {field.name for field in dataclasses.fields(VQGANTrainingConfig)}
+    assert {name for name in names if not any(f"config.{name}" in source for source in sources)} == set()
 
 
 @pytest.mark.parametrize(
