@@ -46,7 +46,7 @@ def test_two_processes_equal_one(image_folder, random_trunk, tmp_path, quantizer
         dataset_name=str(image_folder),
         resolution=32,
         resize=40,
-        max_train_steps=6,
+        max_train_steps=4,  # later, rounding differences have grown through the discriminator's kinks
         # Adam turns rounding noise of vanishing gradients into full steps; a large ε keeps noise small.
         adam_epsilon=1e-2,
         learning_rate=3e-3,
@@ -71,7 +71,10 @@ def test_two_processes_equal_one(image_folder, random_trunk, tmp_path, quantizer
     for rows in zip(*logs, strict=True):
         # Sums in another order differ in the last bit, and now and then a latent between two codes goes the other way.
         ours, theirs = ({k: v for k, v in row.items() if k not in NOISY} for row in rows)
-        assert theirs == pytest.approx(ours, rel=1e-2, abs=1e-4)
+        # One such flip is 1.6 % of the codes that two validation images use.
+        counted = {name for name in ours if name.endswith(("perplexity", "usage"))}
+        for names, tolerance in ((ours.keys() - counted, 1e-2), (counted, 5e-2)):
+            assert {k: theirs[k] for k in names} == pytest.approx({k: ours[k] for k in names}, rel=tolerance, abs=1e-4)
     if quantizer == "vq_ema":
         assert any(row.get("restarted_codes") for row in logs[0])  # or the test would not see restarts
     factors = [json.loads((run / "metrics.json").read_text())["scaling_factor"] for run in (one, two)]
