@@ -18,9 +18,6 @@ from hf_vqgan.training import VQGANTrainingConfig, train
 SCRIPT = Path(__file__).parent.parent.parent / "scripts" / "train_vqgan.py"
 
 
-NOISY = ("images_per_second", "restarted_codes", "dead_codes")
-
-
 def launch(arguments: dict) -> None:
     """The script under `accelerate launch` with two gloo processes."""
     with socket.socket() as probe:
@@ -69,16 +66,12 @@ def test_two_processes_equal_one(image_folder, random_trunk, tmp_path, quantizer
     launch(training | model | batch | {"output_dir": two})
     logs = [[json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()] for run in (one, two)]
     for rows in zip(*logs, strict=True):
-        # Sums in another order differ in the last bit, and now and then a latent between two codes goes the other way.
-        ours, theirs = ({k: v for k, v in row.items() if k not in NOISY} for row in rows)
-        # One such flip is 1.6 % of the codes that two validation images use.
-        counted = {name for name in ours if name.endswith(("perplexity", "usage"))}
-        for names, tolerance in ((ours.keys() - counted, 1e-2), (counted, 5e-2)):
-            assert {k: theirs[k] for k in names} == pytest.approx({k: ours[k] for k in names}, rel=tolerance, abs=1e-4)
+        ours, theirs = ({k: v for k, v in row.items() if k != "images_per_second"} for row in rows)
+        assert theirs == pytest.approx(ours, rel=2e-3, abs=1e-5)
     if quantizer == "vq_ema":
         assert any(row.get("restarted_codes") for row in logs[0])  # or the test would not see restarts
     factors = [json.loads((run / "metrics.json").read_text())["scaling_factor"] for run in (one, two)]
-    assert factors[1] == pytest.approx(factors[0], rel=1e-2)
+    assert factors[1] == pytest.approx(factors[0], rel=2e-3)
     weights = [load_file(run / "model.safetensors") for run in (one, two)]
     for name, tensor in weights[0].items():
-        torch.testing.assert_close(weights[1][name], tensor, rtol=1e-2, atol=5e-4)
+        torch.testing.assert_close(weights[1][name], tensor, rtol=1e-3, atol=2e-5)
