@@ -3,6 +3,7 @@
 import dataclasses
 from dataclasses import dataclass, field
 
+from .discriminators import AUGMENTATIONS, DISCRIMINATORS
 from .losses import ADVERSARIAL_LOSSES
 from .lpips_weights import NETWORKS
 
@@ -59,6 +60,7 @@ class VQGANTrainingConfig:
     init_from: str | None = option(
         None, "Start from a trained model: Hub id or folder. Model flags then override its config."
     )
+    decoder_only: bool = option(False, "With init_from: train the decoder alone, so that all codes keep their meaning.")
 
     # From images to pixels
     resolution: int = option(256, "Side in pixels of the square crops to train on.")
@@ -83,8 +85,15 @@ class VQGANTrainingConfig:
     adaptive_weight_max: float = option(1e4, "Cap of that scale.")
     disc_start: int = option(0, "Step at which the discriminator starts to train.")
     disc_ramp_steps: int = option(0, "Steps over which the adversarial weight then grows from 0 to full.")
-    disc_channels: int = option(64, "Channels of the discriminator's first layer.")
-    disc_layers: int = option(3, "Stride-2 layers of the discriminator: patches of 16, 34, 70 pixels for 1, 2, 3.")
+    disc_type: str = option("patchgan", "Discriminator (discriminators.py).", choices=DISCRIMINATORS)
+    disc_channels: int = option(64, "PatchGAN, StyleGAN: channels of the first layer.")
+    disc_layers: int = option(3, "PatchGAN: stride-2 layers; patches of 16, 34, 70 pixels for 1, 2, 3.")
+    disc_backbone: str = option("facebook/dino-vits16", "DINO: frozen vision transformer, Hub id or folder.")
+    diff_augment: list[str] = option([], "Augment what the discriminator sees, for small sets.", choices=AUGMENTATIONS)
+    lecam_weight: float = option(0.0, "Weight of LeCAM, which holds real and fake logits together, for small sets.")
+    lecam_decay: float = option(0.999, "Decay per step of LeCAM's moving averages of the logits.")
+    r1_weight: float = option(0.0, "Weight γ of γ/2 E|∂D/∂x|², the discriminator's gradient penalty on real images.")
+    r1_interval: int = option(16, "Steps between gradient penalties, each of which then weighs so many times more.")
 
     # Codebook
     quantize_start: int = option(0, "Steps to train as a plain autoencoder before quantizing.")
@@ -103,14 +112,26 @@ class VQGANTrainingConfig:
     num_train_epochs: int = option(1, "Passes over the data, if max_train_steps is not given.")
     learning_rate: float = option(1e-4, "Learning rate of encoder, quantizer and decoder.")
     disc_learning_rate: float | None = option(None, "Learning rate of the discriminator. Default: learning_rate.")
-    lr_scheduler: str = option("constant", "Schedule of both rates, a name that diffusers' get_scheduler knows.")
+    lr_scheduler: str = option("constant", "Schedule of learning_rate, a name that diffusers' get_scheduler knows.")
     lr_warmup_steps: int = option(0, "Steps of linear warm-up.")
+    disc_lr_scheduler: str | None = option(None, "Schedule of disc_learning_rate. Default: lr_scheduler.")
+    disc_lr_warmup_steps: int | None = option(None, "Its warm-up, from disc_start on. Default: lr_warmup_steps.")
     adam_beta1: float = option(0.5, "Adam's β1, both networks.")
     adam_beta2: float = option(0.9, "Adam's β2, both networks.")
     adam_weight_decay: float = option(0.0, "AdamW's weight decay, both networks.")
     adam_epsilon: float = option(1e-8, "Adam's ε, both networks.")
-    max_grad_norm: float = option(1.0, "Clip each network's gradient to this norm. 0: never.")
+    use_8bit_adam: bool = option(False, "Keep the optimizers' memory in 8 bits (needs bitsandbytes).")
+    max_grad_norm: float = option(1.0, "Clip the gradient of encoder, quantizer and decoder to this norm. 0: never.")
+    disc_max_grad_norm: float | None = option(None, "Same for the discriminator. Default: max_grad_norm.")
+    max_nonfinite_steps: int = option(
+        20, "Stop after so many steps in a row with NaN or infinity in a loss or gradient. Each is skipped and counted."
+    )
+    use_ema: bool = option(False, "Keep a moving average of the weights: validated, saved and pushed in their place.")
+    ema_decay: float = option(0.999, "Largest decay per step of that average; it starts lower.")
     mixed_precision: str = option("no", "Autocast.", choices=("no", "bf16", "fp16"))
+    gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass, to save memory.")
+    torch_compile: bool = option(False, "Compile the blocks of encoder and decoder, the discriminator and LPIPS.")
+    torch_compile_backend: str = option("inductor", "What to compile them with.")
     channels_last: bool = option(True, "Keep activations in channels_last memory format.")
     cpu_threads: int | None = option(None, "Threads per process on CPU. Default: the cores shared evenly.")
     seed: int = option(0, "Seed of everything random.")
@@ -148,6 +169,8 @@ class VQGANTrainingConfig:
                 "codebook_window",
                 "perceptual_upscale",
                 "disc_layers",
+                "r1_interval",
+                "max_nonfinite_steps",
             ),
             not_negative=(
                 "l1_weight",
@@ -163,12 +186,21 @@ class VQGANTrainingConfig:
                 "max_grad_norm",
                 "dataloader_num_workers",
                 "latent_statistics_images",
+                "lecam_weight",
+                "r1_weight",
             ),
         )
+        for name in ("max_unreadable_share", "lecam_decay", "ema_decay"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be in [0, 1].")
+        if self.decoder_only and self.init_from is None:
+            raise ValueError("decoder_only=True needs init_from: a trained model whose encoder and codebook stay.")
+        if self.checkpoints_total_limit is not None and self.checkpoints_total_limit < 1:
+            raise ValueError(
+                f"checkpoints_total_limit={self.checkpoints_total_limit} must be at least 1, or null for all of them."
+            )
         if not (self.l1_weight or self.l2_weight or self.perceptual_weight):
             raise ValueError("l1_weight, l2_weight and perceptual_weight are all 0: nothing says what to reconstruct.")
-        if not 0 <= self.max_unreadable_share <= 1:
-            raise ValueError(f"max_unreadable_share={self.max_unreadable_share} must be in [0, 1].")
         if self.max_train_steps is not None and self.max_train_steps < 1:
             raise ValueError(f"max_train_steps={self.max_train_steps} must be at least 1.")
         if not self.dataset_name:

@@ -136,6 +136,24 @@ def discriminator_losses(real_logits: Tensor, fake_logits: Tensor, kind: str) ->
     return {"disc_real": F.softplus(-real_logits).mean(), "disc_fake": F.softplus(fake_logits).mean()}
 
 
+def lecam_penalty(real_logits: Tensor, fake_logits: Tensor, anchor_real: float, anchor_fake: float) -> Tensor:
+    """
+    mean relu(D(x) - a_fake)² + mean relu(a_real - D(x̂))², the a being moving averages of the logits: it holds real
+    and fake logits together, for small datasets (LeCAM, https://huggingface.co/papers/2104.03310, eq. 3, in the
+    one-sided form of its code).
+    """
+    return F.relu(real_logits - anchor_fake).square().mean() + F.relu(anchor_real - fake_logits).square().mean()
+
+
+def r1_penalty(real_logits: Tensor, real: Tensor) -> Tensor:
+    """
+    E |∂D(x)/∂x|², D(x) being the sum of an image's logits: no gradient where the data are, so that the game can come to
+    rest (https://huggingface.co/papers/1801.04406, eq. 9). `real` `(B, C, H, W)` has to require a gradient.
+    """
+    (gradient,) = torch.autograd.grad(real_logits.sum(), real, create_graph=True)
+    return gradient.square().sum(dim=(1, 2, 3)).mean()
+
+
 def last_layer_gradient(sample: Tensor, last_layer: Tensor, gradient: Tensor) -> Tensor:
     """
     ∂L/∂W of the decoder's last convolution, from `gradient` = ∂L/∂x̂ alone.

@@ -151,6 +151,55 @@ class CodebookHealth:
         self.best_perplexity = state["best_perplexity"]
 
 
+class DiscriminatorHealth:
+    """
+    How the game between the two networks stands, over the last `window` steps of the discriminator.
+
+    Args:
+        window (`int`): Steps over which means are taken, and before which nothing is said.
+    """
+
+    def __init__(self, window: int = 200):
+        self.window = window
+        self.recent: deque[tuple[float, float, float]] = deque(maxlen=window)  # accuracies on real and fake, logits gap
+
+    def update(self, watched: dict[str, float]) -> None:
+        """Count one step's `StepOutput.watched`; an empty one, from before the start, does not count."""
+        if watched:
+            gap = watched["logits_real"] - watched["logits_fake"]
+            self.recent.append((watched["disc_real_accuracy"], watched["disc_fake_accuracy"], gap))
+
+    def diagnosis(self, won: float = 0.99, dead: float = 0.01) -> str | None:
+        """
+        What is wrong with the discriminator, in words that name the remedies; `None` if nothing is.
+
+        It has won when it is right about more than a share `won` of both the images and the reconstructions: its
+        gradient then says little about how to improve. It is dead when its mean logits differ by less than `dead`.
+        """
+        if len(self.recent) < self.window:
+            return None
+        real, fake, gap = (sum(figures) / self.window for figures in zip(*self.recent, strict=True))
+        if min(real, fake) > won:
+            return (
+                f"The discriminator has won: right about {real:.1%} of the images and {fake:.1%} of the "
+                f"reconstructions over {self.window} steps. Remedies: a lower --disc_learning_rate, a later "
+                "--disc_start, --r1_weight; on little data --diff_augment color translation cutout and --lecam_weight."
+            )
+        if abs(gap) < dead:
+            return (
+                f"The discriminator is dead: its logits for images and reconstructions differ by {gap:.3f} over "
+                f"{self.window} steps. Remedies: a higher --disc_learning_rate or --disc_max_grad_norm, a lower "
+                "--r1_weight or --lecam_weight, more --disc_channels."
+            )
+        return None
+
+    def state_dict(self) -> dict:
+        return {"recent": list(self.recent)}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.recent = deque(map(tuple, state["recent"]), maxlen=self.window)
+
+
 @dataclass
 class ReconstructionReport:
     """

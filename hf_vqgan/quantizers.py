@@ -176,14 +176,13 @@ class Quantizer(nn.Module):
             raise ValueError(f"latents of shape {tuple(latents.shape)}: expected (B, {self.embed_dim}, h, w).")
         if latents.numel() == 0:
             raise ValueError(f"latents of shape {tuple(latents.shape)} are empty: there is nothing to quantize.")
-        # One sum instead of a look at every value: NaN and infinity survive it.
+        # One sum instead of a look at every value: NaN and infinity survive it. In training they pass on to the losses,
+        # where the trainer skips the step on all processes alike.
         precision = torch.promote_types(latents.dtype, torch.float32)
-        if not torch.compiler.is_compiling() and not latents.sum(dtype=precision).isfinite():
+        checked = not (self.training or torch.compiler.is_compiling())
+        if checked and not latents.sum(dtype=precision).isfinite():
             bad = int((~torch.isfinite(latents)).sum())
-            raise ValueError(
-                f"{bad} of {latents.numel()} latent values are NaN or infinite. Check the input image; in training, "
-                "lower the learning rate."
-            )
+            raise ValueError(f"{bad} of {latents.numel()} latent values are NaN or infinite. Check the input image.")
         batch, dim, height, width = latents.shape
         with torch.autocast(latents.device.type, enabled=False):
             vectors = latents.permute(0, 2, 3, 1).reshape(-1, dim).to(precision)

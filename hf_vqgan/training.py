@@ -1,4 +1,4 @@
-"""Training a VQ-GAN: the state of a run, one step, and the loop around it."""
+"""A training run: set-up, the loop around the step, validation, and what ends a run early."""
 
 import contextlib
 import copy
@@ -6,14 +6,16 @@ import dataclasses
 import logging
 import math
 import os
+import signal
+import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType
 from accelerate.utils import set_seed
 from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
@@ -21,314 +23,105 @@ from tqdm.auto import tqdm
 from .configuration_training import VQGANTrainingConfig
 from .configuration_vqgan import VQGANConfig
 from .data import EpochBatchSampler, ImageTransform, TrainingImages, ValidationImages, load_image_datasets
-from .discriminators import PatchDiscriminator
+from .discriminators import DINODiscriminator, PatchDiscriminator, StyleGANDiscriminator
 from .hub import push_run_to_hub
-from .losses import (
-    LPIPS,
-    adaptive_weight,
-    adversarial_loss,
-    discriminator_losses,
-    last_layer_gradient,
-    ramp,
-    reconstruction_losses,
-    weighted_sum,
-)
-from .metrics import CodebookHealth, LatentStatistics, evaluate_reconstruction, gather_rows, measure_latents
-from .modeling_vqgan import VQGANModel, VQGANOutput
+from .losses import LPIPS
+from .metrics import CodebookHealth, evaluate_reconstruction, measure_latents
+from .modeling_vqgan import VQGANModel
 from .pictures import draw_codebook, draw_curves, draw_reconstructions
 from .run_folder import RunFolder, public_settings
+from .training_step import StepOutput, TrainState, initialize_codebook, training_step, update_codebook
 
 logger = logging.getLogger(__name__)
 
-
-@dataclass
-class TrainState:
-    """What a run consists of. `model` and `discriminator` are as Accelerate prepared them (DDP with many processes)."""
-
-    config: VQGANTrainingConfig
-    accelerator: Accelerator
-    model: nn.Module
-    discriminator: nn.Module | None
-    perceptual: LPIPS | None
-    optimizer: torch.optim.Optimizer
-    scheduler: torch.optim.lr_scheduler.LRScheduler
-    disc_optimizer: torch.optim.Optimizer | None
-    disc_scheduler: torch.optim.lr_scheduler.LRScheduler | None
-    health: CodebookHealth
-    step: int = 0  # optimizer steps done
-    seconds: float = 0.0  # of training, over all interruptions
-    unreadable: int = 0
-    upscaled: int = 0
-    warned_of_collapse: bool = False
-    latents: LatentStatistics | None = None  # measured when training is over
-
-    @property
-    def vqgan(self) -> VQGANModel:
-        return self.accelerator.unwrap_model(self.model)
-
-    @property
-    def quantizing(self) -> bool:
-        return self.step >= self.config.quantize_start
-
-    @property
-    def adversarial(self) -> bool:
-        return self.discriminator is not None and self.step >= self.config.disc_start
-
-    def image_loss_weights(self) -> dict[str, float]:
-        config = self.config
-        return {"l1": config.l1_weight, "l2": config.l2_weight, "perceptual": config.perceptual_weight}
-
-    def quantizer_loss_weights(self) -> dict[str, float]:
-        """The model's `NAME_weight` for each loss NAME of its quantizer; none before quantization starts."""
-        config, model = self.config, self.vqgan
-        weights = {
-            name: getattr(model.config, f"{name}_weight") * self.quantizing for name in model.quantize.loss_names
-        }
-        if "entropy" in weights:
-            remaining = 1 - ramp(self.step, config.quantize_start, config.entropy_anneal_steps)
-            weights["entropy"] *= 1 + (config.entropy_anneal_factor - 1) * remaining
-        return weights
-
-    def state_dict(self) -> dict:
-        counters = {
-            name: getattr(self, name) for name in ("step", "seconds", "unreadable", "upscaled", "warned_of_collapse")
-        }
-        return counters | {"health": self.health.state_dict()}
-
-    def load_state_dict(self, state: dict) -> None:
-        self.health.load_state_dict(state.pop("health"))
-        for name, value in state.items():
-            setattr(self, name, value)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
-# One step
+# What ends a run early
+
+PREEMPTED_EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: try again
 
 
-@dataclass
-class StepOutput:
-    """
-    Args:
-        losses (`dict[str, float]`): Every term, unweighted, averaged over micro-batches and processes.
-        indices (`Tensor`): Codes of this process's images, `(M*B, h, w)` or `(M*B, h, w, n)`.
-        latents (`Tensor`): Latents of this process's images, detached, `(M*B, D, h, w)`.
-        adaptive_weight (`float`): λ; 0 while the discriminator is off.
-        grad_norm, disc_grad_norm (`float`): Norms before clipping.
-    """
-
-    losses: dict[str, float]
-    indices: Tensor
-    latents: Tensor
-    adaptive_weight: float
-    grad_norm: float
-    disc_grad_norm: float
-
-
-@dataclass
-class ImageGradients:
-    """What one micro-batch's image losses say about its reconstruction x̂ `(B, 3, H, W)`."""
-
-    terms: dict[str, Tensor]
-    reconstruction: Tensor  # ∂(Σ weight * term)/∂x̂ over L1, L2, perceptual
-    adversarial: Tensor | None  # ∂L_adv/∂x̂, unweighted
-    last_layer: Tensor | None  # (2, ...): the two gradients at the decoder's last weight
-
-
-def training_step(state: TrainState, micro_batches: list[Tensor]) -> StepOutput:
-    r"""
-    One optimizer step of both networks on a list of micro-batches `(B, 3, H, W)` in [-1, 1].
-
-    The gradient is that of the textbook's L_rec + λ w L_adv + L_quantizer with λ from eq. 7 of VQ-GAN
-    (https://huggingface.co/papers/2012.09841), got with less work: the two image gradients g_rec and g_adv stop at x̂,
-    which suffices for λ, and their sum then goes through the generator once, by the chain rule
-    ∂L/∂θ = (g_rec + λ w g_adv) ∂x̂/∂θ. The textbook propagates LPIPS and the discriminator twice. λ is that of the
-    whole batch, of all micro-batches and processes, so accumulation equals a large batch.
-
-    Raises:
-        FloatingPointError: before any weight changes, if a loss or gradient is not finite; it names the term.
-    """
-    config, accelerator, model = state.config, state.accelerator, state.model
-    count = len(micro_batches)
-    adversarial_factor = config.adversarial_weight * ramp(state.step, config.disc_start, config.disc_ramp_steps)
-
-    # 1. Image losses of every micro-batch, back to the reconstruction. One micro-batch keeps its graph for 3; several
-    #    run the generator again there, so that memory holds one at a time.
-    passes: list[ImageGradients] = []
-    rng_states = []
-    for number, pixels in enumerate(micro_batches):
-        rng_states.append(torch.get_rng_state())
-        with _no_sync_unless(accelerator, number == count - 1, state.discriminator):
-            output = generate(state, pixels)
-            passes.append(image_gradients(state, output.sample, pixels, 1 / count))
-
-    # 2. λ balances the two gradients at the decoder's last layer.
-    balance = torch.ones((), device=accelerator.device)
-    if state.adversarial and config.adaptive_weight:
-        last_layer = accelerator.reduce(sum(images.last_layer for images in passes) / count, "mean")
-        balance = adaptive_weight(*last_layer, config.adaptive_weight_max)
-
-    # 3. One backward pass through decoder, quantizer and encoder: the product's gradient at x̂ is exactly `gradient`.
-    latents, indices, terms = [], [], []
-    for number, (pixels, images) in enumerate(zip(micro_batches, passes, strict=True)):
-        with _no_sync_unless(accelerator, number == count - 1, model):
-            if count > 1:
-                with torch.random.fork_rng():  # a quantizer's noise has to be the same both times
-                    torch.set_rng_state(rng_states[number])
-                    output = generate(state, pixels)
-            gradient = images.reconstruction
-            if images.adversarial is not None:
-                gradient = gradient + balance * adversarial_factor * images.adversarial
-            loss = (output.sample * gradient).sum() + weighted_sum(output.losses, state.quantizer_loss_weights())
-            accelerator.backward(loss / count)
-        latents.append(output.latents.detach())
-        indices.append(output.indices)
-        terms.append(images.terms | {name: term.detach() for name, term in output.losses.items()})
-
-    # 4. Both optimizers, unless something is not finite.
-    grad_norm = accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm or math.inf)
-    disc_grad_norm = torch.zeros(())
-    if state.adversarial:
-        disc_grad_norm = accelerator.clip_grad_norm_(state.discriminator.parameters(), config.max_grad_norm or math.inf)
-    losses = {name: torch.stack([micro[name] for micro in terms]).mean() for name in terms[0]}
-    losses = dict(zip(losses, accelerator.reduce(torch.stack(list(losses.values())), "mean").tolist(), strict=True))
-    norms = {"grad_norm": float(grad_norm), "disc_grad_norm": float(disc_grad_norm)}
-    if broken := [name for name, value in (losses | norms).items() if not math.isfinite(value)]:
-        raise FloatingPointError(f"step {state.step}: not finite: {', '.join(broken)} (losses: {losses}, {norms}).")
-    state.optimizer.step()
-    state.optimizer.zero_grad()
-    state.scheduler.step()
-    if state.adversarial:
-        state.disc_optimizer.step()
-        state.disc_optimizer.zero_grad()
-        state.disc_scheduler.step()
-    applied = float(balance) if state.adversarial else 0.0
-    state.step += 1
-    return StepOutput(losses, torch.cat(indices), torch.cat(latents), applied, **norms)
-
-
-def generate(state: TrainState, pixels: Tensor) -> VQGANOutput:
-    return state.model(pixels, force_not_quantize=not state.quantizing)
-
-
-def image_gradients(state: TrainState, sample: Tensor, pixels: Tensor, share: float) -> ImageGradients:
-    """
-    Gradients of the image losses at x̂ = `sample`; on the way, the discriminator's own gradients.
-
-    The discriminator sees x̂ once: its logits serve the generator's loss, whose gradient is taken at x̂, and its own,
-    whose gradient (times `share`) is left in its parameters.
-    """
-    config, accelerator = state.config, state.accelerator
-    x_hat = sample.detach().requires_grad_()
-    with accelerator.autocast():
-        terms = reconstruction_losses(x_hat, pixels, state.perceptual)
-    (reconstruction,) = torch.autograd.grad(weighted_sum(terms, state.image_loss_weights()), x_hat)
-    terms = {name: term.detach() for name, term in terms.items()}
-    if not state.adversarial:
-        return ImageGradients(terms, reconstruction, None, None)
-
-    fake_logits = state.discriminator(x_hat)
-    terms["adversarial"] = adversarial_loss(fake_logits, config.adversarial_loss)
-    (adversarial,) = torch.autograd.grad(terms["adversarial"], x_hat, retain_graph=True)
-    last_layer = None
-    if config.adaptive_weight:
-        weight = state.vqgan.last_layer
-        last_layer = torch.stack([last_layer_gradient(sample, weight, g) for g in (reconstruction, adversarial)])
-    real_logits = state.discriminator(pixels)
-    disc_terms = discriminator_losses(real_logits, fake_logits, config.adversarial_loss)
-    accelerator.backward(weighted_sum(disc_terms, dict.fromkeys(disc_terms, 0.5)) * share)
-    terms = {name: term.detach() for name, term in (terms | disc_terms).items()}
-    return ImageGradients(terms, reconstruction, adversarial, last_layer)
-
-
-def _no_sync_unless(accelerator: Accelerator, last: bool, model: nn.Module | None):
-    """Processes exchange a network's gradients at the last micro-batch only."""
-    return contextlib.nullcontext() if last or model is None else accelerator.no_sync(model)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Codebook upkeep: what a quantizer needs besides gradients
-
-
-def flat_vectors(latents: Tensor) -> Tensor:
-    """`(B, D, h, w)` to `(B*h*w, D)`, float32."""
-    return latents.detach().float().permute(0, 2, 3, 1).flatten(0, 2)
-
-
-def initialize_codebook(state: TrainState, batches: Iterator[dict], vectors_per_code: int = 8) -> None:
-    """Start the codes from the latents of coming batches, of all processes; the main process's result is everyone's."""
-    quantizer, rows, have = state.vqgan.quantize, [], 0
-    if not quantizer.codebook_parameters():
-        return
-    with torch.no_grad():
-        for number, batch in enumerate(batches, start=1):
-            rows.append(gather_rows(flat_vectors(state.vqgan.encode(batch["pixel_values"]).latents)))
-            have += len(rows[-1])
-            whole_steps = number % state.config.gradient_accumulation_steps == 0
-            if whole_steps and have >= vectors_per_code * quantizer.num_codes:
-                break
-    quantizer.initialize_codebook(torch.cat(rows), torch.Generator().manual_seed(state.config.seed))
-    broadcast(quantizer)
-
-
-def update_codebook(state: TrainState, output: StepOutput) -> int:
-    """
-    What a step does to the codes besides gradients: moving averages, and the restart of dead codes on current latents.
-
-    The optimizer's memory of restarted codes goes too: it would drag the new codes along the old codes' way.
-
-    Returns:
-        How many codes were restarted.
-    """
-    config, quantizer = state.config, state.vqgan.quantize
-    indices = output.indices.flatten(0, 2)
-    statistics = quantizer.codebook_statistics(flat_vectors(output.latents), indices)
-    if statistics is not None:
-        quantizer.update_codebook(state.accelerator.reduce(statistics, "sum"))
-
-    state.health.update(output.indices)
-    dead = state.health.age >= config.dead_code_restart_steps
-    parameters = quantizer.codebook_parameters()
-    if not (config.dead_code_restart_steps and parameters and dead.any()):
-        return 0
-    # (processes, micro-batches, ...) to the order in which one process would have seen them
-    vectors = flat_vectors(output.latents).unflatten(0, (1, config.gradient_accumulation_steps, -1))
-    vectors = gather_rows(vectors).transpose(0, 1).flatten(0, 2)
-    generator = torch.Generator().manual_seed(config.seed * 1_000_003 + state.step)
-    restarted = quantizer.restart_codes(dead.to(vectors.device), vectors, generator)
-    broadcast(quantizer)
-    for parameter, rows in zip(parameters, restarted.view(len(parameters), -1), strict=True):
-        for memory in state.optimizer.state[parameter].values():
-            if torch.is_tensor(memory) and memory.shape == parameter.shape:
-                memory[rows] = 0
-    state.health.age[restarted.cpu()] = 0
-    return int(restarted.sum())
+class Preempted(RuntimeError):
+    """The run was asked to make room. It has saved a checkpoint; the same command goes on from there."""
 
 
 class CodebookCollapse(RuntimeError):
     """The codebook has collapsed, and the run was told to stop then."""
 
 
-def watch_codebook(state: TrainState) -> None:
+class PreemptionNotice(contextlib.AbstractContextManager):
     """
-    Warn once of a codebook that collapses, naming the remedies.
+    Takes SIGTERM and SIGUSR1, with which clusters announce that they will end a job, as a request to save and stop.
+
+    Args:
+        accelerator (`Accelerator`): A notice to one process is one to all.
+    """
+
+    SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+    def __init__(self, accelerator: Accelerator):
+        self.accelerator, self.name = accelerator, None
+        self.previous = {}
+
+    def __enter__(self) -> "PreemptionNotice":
+        if threading.current_thread() is threading.main_thread():  # Python lets only that one handle signals
+            self.previous = {number: signal.signal(number, self._note) for number in self.SIGNALS}
+        return self
+
+    def __exit__(self, *exception) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame) -> None:
+        self.name = signal.Signals(number).name
+
+    @property
+    def received(self) -> bool:
+        """Whether any process has had notice; to be asked by all of them at the same point."""
+        if self.accelerator.num_processes == 1:
+            return self.name is not None
+        mine = torch.tensor(int(self.name is not None), device=self.accelerator.device)
+        return bool(self.accelerator.reduce(mine, "sum"))
+
+
+def watch_health(state: TrainState) -> None:
+    """
+    Warn once of a codebook that collapses, and once of a discriminator that wins or dies, naming the remedies.
 
     Raises:
         CodebookCollapse: instead, if the run was told to `stop_on_collapse`.
     """
-    problem = state.health.diagnosis()
-    if problem and state.config.stop_on_collapse:
-        raise CodebookCollapse(f"step {state.step}: {problem}")
-    if problem and not state.warned_of_collapse:
-        state.warned_of_collapse = True
-        if state.accelerator.is_main_process:
-            logger.warning("%s", problem)
+    codebook, discriminator = state.health.diagnosis(), state.disc_health.diagnosis()
+    if codebook and state.config.stop_on_collapse:
+        raise CodebookCollapse(f"step {state.step}: {codebook}")
+    main = state.accelerator.is_main_process
+    if codebook and not state.warned_of_codebook and main:
+        logger.warning("%s", codebook)
+    if discriminator and not state.warned_of_discriminator and main:
+        logger.warning("%s", discriminator)
+    state.warned_of_codebook |= codebook is not None
+    state.warned_of_discriminator |= discriminator is not None
 
 
-def broadcast(module: nn.Module) -> None:
-    """The main process's weights and buffers to all: sums in another order must not let codebooks drift apart."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        for tensor in module.state_dict().values():
-            torch.distributed.broadcast(tensor, 0)
+def watch_nonfinite(state: TrainState, output: StepOutput) -> None:
+    """
+    Count a skipped step.
+
+    Raises:
+        FloatingPointError: after `max_nonfinite_steps` of them in a row, with the terms that were not finite.
+    """
+    if not output.nonfinite:
+        state.nonfinite_in_a_row = 0
+        return
+    state.nonfinite_steps += 1
+    state.nonfinite_in_a_row += 1
+    terms = ", ".join(output.nonfinite)
+    if state.accelerator.is_main_process:
+        logger.warning("step %d skipped: not finite: %s.", state.step, terms)
+    if state.nonfinite_in_a_row >= state.config.max_nonfinite_steps:
+        raise FloatingPointError(
+            f"step {state.step}: {state.nonfinite_in_a_row} steps in a row (max_nonfinite_steps) were not finite in: "
+            f"{terms}. Losses: {output.losses}. Lower the learning rate, or resume with mixed_precision bf16 or no."
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -348,16 +141,12 @@ def train(config: VQGANTrainingConfig, model_config: VQGANConfig, dry_run: bool 
     Raises:
         FileExistsError: if `output_dir` holds a different run.
         ValueError, FileNotFoundError: for settings or data that cannot work, before anything is written.
-        FloatingPointError: if a loss or gradient stops being finite. Checkpoints stay as they were.
+        FloatingPointError: after `max_nonfinite_steps` steps in a row with a loss or gradient that is not finite.
         CodebookCollapse: if the codebook collapses and `stop_on_collapse` is set.
+        Preempted: after SIGTERM or SIGUSR1, once a checkpoint is saved.
+        OSError: if a checkpoint cannot be written. Earlier ones stay as they were, here and in all cases above.
     """
-    accelerator = Accelerator(
-        mixed_precision=config.mixed_precision,
-        log_with=config.report_to,
-        project_dir=config.output_dir,
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
-    )
-    share_cpu_threads(config, accelerator)
+    accelerator = build_accelerator(config)
     set_seed(config.seed)
     dataset, validation = load_images(config, model_config, accelerator)
     global_batch = config.train_batch_size * config.gradient_accumulation_steps * accelerator.num_processes
@@ -375,29 +164,86 @@ def train(config: VQGANTrainingConfig, model_config: VQGANConfig, dry_run: bool 
         return {}
 
     run = RunFolder(config, model_config, accelerator)
-    if checkpoint := run.open():
-        accelerator.load_state(str(checkpoint))
-        accelerator.print(f"Resuming from {checkpoint} at step {state.step}.")
-    run.truncate_log(state.step)
+    resume(state, run)
     if state.step >= config.max_train_steps:
         accelerator.print(f"The run in {config.output_dir} is already complete ({state.step} steps).")
         return run.read_metrics()
     if config.report_to:
         accelerator.init_trackers("vqgan", config={k: str(v) for k, v in public_settings(config).items()})
+    with PreemptionNotice(accelerator) as notice:
+        metrics = run_steps(state, run, dataset, validation, metric, notice)
+    if state.unreadable or state.upscaled:
+        accelerator.print(f"Over all epochs: {state.unreadable} unreadable images skipped, {state.upscaled} enlarged.")
+    if config.report_to:
+        accelerator.end_training()
+    return metrics
 
+
+def build_accelerator(config: VQGANTrainingConfig) -> Accelerator:
+    """
+    Raises:
+        ValueError: for a launch that shards or splits the networks; the step needs each of them whole.
+    """
+    accelerator = Accelerator(
+        mixed_precision=config.mixed_precision,
+        log_with=config.report_to,
+        project_dir=config.output_dir,
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+    )
+    check_distributed_type(accelerator.distributed_type)
+    share_cpu_threads(config, accelerator)
+    return accelerator
+
+
+def check_distributed_type(kind: DistributedType) -> None:
+    if kind != DistributedType.NO and not kind.value.startswith("MULTI_"):
+        raise ValueError(
+            f"this launch uses {kind.value}, which splits up networks or optimizers. A VQ-GAN is small, and its step "
+            "takes gradients at single layers: launch with DDP (`accelerate launch --multi_gpu`), and save memory with "
+            "--gradient_checkpointing, --mixed_precision bf16 and --gradient_accumulation_steps."
+        )
+
+
+def resume(state: TrainState, run: RunFolder) -> None:
+    """Claim the run's folder and load the latest checkpoint, if there is one."""
+    if checkpoint := run.open():
+        state.accelerator.load_state(str(checkpoint))
+        state.accelerator.print(f"Resuming from {checkpoint} at step {state.step}.")
+        if state.ema is not None:
+            state.ema.to(state.accelerator.device)
+    run.truncate_log(state.step)
+
+
+def run_steps(
+    state: TrainState,
+    run: RunFolder,
+    dataset: TrainingImages,
+    validation: ValidationImages,
+    metric: LPIPS,
+    notice: PreemptionNotice,
+) -> dict[str, float]:
+    """The steps from `state.step` to the last; returns the final metrics."""
+    config, accelerator = state.config, state.accelerator
+    global_batch = config.train_batch_size * config.gradient_accumulation_steps * accelerator.num_processes
     progress = tqdm(
         total=config.max_train_steps, initial=state.step, desc="train", disable=not accelerator.is_main_process
     )
     loader = micro_batch_loader(state, dataset)
     started = time.perf_counter() - state.seconds
     while state.step < config.max_train_steps:
-        if state.step == config.quantize_start and config.codebook_init == "data":
+        if state.step == config.quantize_start and config.codebook_init == "data" and not config.decoder_only:
             initialize_codebook(state, micro_batch_loader(state, dataset))
         quantizing = state.quantizing
         micro_batches = [next(loader) for _ in range(config.gradient_accumulation_steps)]
         output = training_step(state, [batch["pixel_values"] for batch in micro_batches])
-        restarted = update_codebook(state, output) if quantizing else 0
+        restarted = 0
+        if not output.nonfinite:
+            restarted = update_codebook(state, output) if quantizing else 0
+            state.disc_health.update(output.watched)
+            if state.ema is not None:
+                state.ema.step(state.vqgan.parameters())
         state.seconds = time.perf_counter() - started
+        watch_nonfinite(state, output)
         count_bad_images(state, micro_batches, global_batch)
         progress.update()
 
@@ -405,26 +251,28 @@ def train(config: VQGANTrainingConfig, model_config: VQGANConfig, dry_run: bool 
         if state.step % config.logging_steps == 0 or last:
             row = log_row(state, output, restarted, global_batch)
             run.log(row)
-            watch_codebook(state)
+            watch_health(state)
             shown = ("l1", "perceptual", "adversarial", "perplexity", "usage", "images_per_second")
             progress.set_postfix({name: f"{row[name]:.3g}" for name in shown if name in row})
         if last and config.latent_statistics_images:
-            measure_scale(state, dataset)
+            with state.averaged_weights():
+                measure_scale(state, dataset)
         if (state.step % config.validation_steps == 0 and quantizing) or last:
-            metrics = validate(state, validation, metric, run)
+            with state.averaged_weights():
+                metrics = validate(state, validation, metric, run)
             progress.write(
                 f"step {state.step}: validation PSNR {metrics['psnr']:.2f} dB, SSIM {metrics['ssim']:.3f}, "
                 f"LPIPS ({config.validation_net}) {metrics['lpips']:.3f}; training perplexity "
                 f"{metrics['perplexity']:.0f} of {state.health.num_codes}, usage {metrics['usage']:.1%}"
             )
+        preempted = notice.received and not last
+        if state.step % config.checkpointing_steps == 0 or last or preempted:
+            run.save_checkpoint(state.vqgan, state.step, state.averaged_weights())
+        if preempted:
+            raise Preempted(f"stopped by {notice.name or 'notice to another process'}: saved step {state.step}.")
         if state.step % config.checkpointing_steps == 0 or last:
-            run.save_checkpoint(state.vqgan, state.step)
             push(state, run)
     progress.close()
-    if state.unreadable or state.upscaled:
-        accelerator.print(f"Over all epochs: {state.unreadable} unreadable images skipped, {state.upscaled} enlarged.")
-    if config.report_to:
-        accelerator.end_training()
     return metrics
 
 
@@ -518,6 +366,8 @@ def log_row(state: TrainState, output: StepOutput, restarted: int, global_batch:
         "adaptive_weight": output.adaptive_weight,
         "grad_norm": output.grad_norm,
         "disc_grad_norm": output.disc_grad_norm,
+        **output.watched,
+        "nonfinite_steps": state.nonfinite_steps,
         "learning_rate": state.scheduler.get_last_lr()[0],
         "perplexity": report.perplexity,
         "usage": report.usage,
@@ -532,39 +382,36 @@ def build_state(
     config: VQGANTrainingConfig, model_config: VQGANConfig, accelerator: Accelerator, perceptual: LPIPS | None
 ) -> TrainState:
     """Networks, optimizers and schedules, prepared by Accelerate and registered with its checkpoints."""
-
-    def optimizer_and_schedule(network: nn.Module, learning_rate: float, steps: int):
-        optimizer = torch.optim.AdamW(
-            network.parameters(),
-            lr=learning_rate,
-            betas=(config.adam_beta1, config.adam_beta2),
-            weight_decay=config.adam_weight_decay,
-            eps=config.adam_epsilon,
-        )
-        # Not prepared: Accelerate would advance a prepared schedule once per process and step.
-        schedule = get_scheduler(
-            config.lr_scheduler, optimizer, num_warmup_steps=config.lr_warmup_steps, num_training_steps=steps
-        )
-        network, optimizer = accelerator.prepare(network, optimizer)
-        accelerator.register_for_checkpointing(schedule)
-        return network, optimizer, schedule
-
-    # A copy: the scaling factor measured at the end must not change the settings by which the run is recognised.
-    model_config = copy.deepcopy(model_config)
-    if config.init_from is None:
-        model = VQGANModel(model_config)
-    else:
-        model = VQGANModel.from_pretrained(config.init_from, config=model_config, dtype=torch.float32)
-    model = model.train().to(memory_format=memory_format(config))
-    model, optimizer, scheduler = optimizer_and_schedule(model, config.learning_rate, config.max_train_steps)
+    model = build_model(config, model_config)
     discriminator = disc_optimizer = disc_scheduler = None
     if config.adversarial_weight and config.disc_start < config.max_train_steps:
-        discriminator = PatchDiscriminator(model_config.out_channels, config.disc_channels, config.disc_layers)
-        discriminator, disc_optimizer, disc_scheduler = optimizer_and_schedule(
-            discriminator.to(memory_format=memory_format(config)),
-            config.learning_rate if config.disc_learning_rate is None else config.disc_learning_rate,
-            config.max_train_steps - config.disc_start,
+        discriminator = build_discriminator(config, model_config.out_channels)
+    if config.torch_compile:
+        compile_blocks(config, model, discriminator, perceptual)
+
+    optimizer = build_optimizer(config, model, config.learning_rate)
+    scheduler = get_scheduler(
+        config.lr_scheduler,
+        optimizer,
+        num_warmup_steps=config.lr_warmup_steps,
+        num_training_steps=config.max_train_steps,
+    )
+    model = accelerator.prepare_model(model)
+    if discriminator is not None:
+        learning_rate = config.learning_rate if config.disc_learning_rate is None else config.disc_learning_rate
+        warmup = config.lr_warmup_steps if config.disc_lr_warmup_steps is None else config.disc_lr_warmup_steps
+        disc_optimizer = build_optimizer(config, discriminator, learning_rate)
+        disc_scheduler = get_scheduler(
+            config.disc_lr_scheduler or config.lr_scheduler,
+            disc_optimizer,
+            num_warmup_steps=warmup,
+            num_training_steps=config.max_train_steps - config.disc_start,
         )
+        discriminator = accelerator.prepare_model(discriminator)
+    ema = None
+    if config.use_ema:
+        ema = EMAModel(accelerator.unwrap_model(model).parameters(), decay=config.ema_decay)
+        ema.to(accelerator.device)
     health = CodebookHealth(model_config.num_vq_embeddings, model_config.num_codebooks, config.codebook_window)
     state = TrainState(
         config,
@@ -577,9 +424,76 @@ def build_state(
         disc_optimizer,
         disc_scheduler,
         health,
+        ema=ema,
     )
-    accelerator.register_for_checkpointing(state)
+    # Accelerate's own optimizers would not do: two of them cannot share one fp16 scale (`update_weights`).
+    parts = (optimizer, scheduler, disc_optimizer, disc_scheduler, ema, state)
+    accelerator.register_for_checkpointing(*(part for part in parts if part is not None))
     return state
+
+
+def build_model(config: VQGANTrainingConfig, model_config: VQGANConfig) -> VQGANModel:
+    """The model, new or from `init_from`, with frozen encoder and codes for `decoder_only`."""
+    # A copy: the scaling factor measured at the end must not change the settings by which the run is recognised.
+    model_config = copy.deepcopy(model_config)
+    if config.init_from is None:
+        model = VQGANModel(model_config)
+    else:
+        model = VQGANModel.from_pretrained(config.init_from, config=model_config, dtype=torch.float32)
+    if config.decoder_only:
+        for part in (model.encoder, model.quant_conv, model.quantize):
+            part.requires_grad_(False)
+    if config.gradient_checkpointing:
+        # transformers 5 has renamed it on the way
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+    return model.train().to(memory_format=memory_format(config))
+
+
+def build_discriminator(config: VQGANTrainingConfig, channels: int) -> nn.Module:
+    match config.disc_type:
+        case "patchgan":
+            discriminator = PatchDiscriminator(channels, config.disc_channels, config.disc_layers)
+        case "stylegan":
+            discriminator = StyleGANDiscriminator(config.resolution, channels, config.disc_channels)
+        case "dino":
+            discriminator = DINODiscriminator(config.disc_backbone)
+    return discriminator.train().to(memory_format=memory_format(config))
+
+
+def compile_blocks(
+    config: VQGANTrainingConfig, model: VQGANModel, discriminator: nn.Module | None, perceptual: LPIPS | None
+) -> None:
+    """
+    Compile block by block: the step takes gradients at the decoder's last layer, which a graph of the whole decoder
+    would hide; and equal blocks are compiled once.
+    """
+    blocks = [module for module in model.modules() if type(module).__name__ in model._no_split_modules]
+    if discriminator is not None:
+        blocks.append(discriminator)
+    if perceptual is not None:
+        blocks += perceptual.slices
+    for block in blocks:
+        block.compile(backend=config.torch_compile_backend)
+
+
+def build_optimizer(config: VQGANTrainingConfig, network: nn.Module, learning_rate: float) -> torch.optim.Optimizer:
+    """
+    Raises:
+        ValueError: if `use_8bit_adam` is set and bitsandbytes is not installed.
+    """
+    optimizer_class = torch.optim.AdamW
+    if config.use_8bit_adam:
+        try:
+            from bitsandbytes.optim import AdamW8bit as optimizer_class
+        except ImportError as error:
+            raise ValueError("use_8bit_adam=True needs bitsandbytes: `pip install bitsandbytes`.") from error
+    return optimizer_class(
+        [parameter for parameter in network.parameters() if parameter.requires_grad],
+        lr=learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        weight_decay=config.adam_weight_decay,
+        eps=config.adam_epsilon,
+    )
 
 
 def measure_scale(state: TrainState, dataset: TrainingImages, batch_size: int = 16) -> None:
@@ -685,6 +599,7 @@ def validate(state: TrainState, validation: ValidationImages, metric: LPIPS, run
         "num_codes": state.health.num_codes,
         "steps": state.step,
         "seconds": round(state.seconds, 1),
+        "nonfinite_steps": state.nonfinite_steps,
         "unreadable_images": state.unreadable,
         "upscaled_images": state.upscaled,
         "measured_on": {
@@ -703,7 +618,8 @@ def validate(state: TrainState, validation: ValidationImages, metric: LPIPS, run
     run.write_metrics(metrics)
     if accelerator.is_main_process:
         shown = [validation[index] for index in range(min(config.validation_pictures, len(validation)))]
-        run.save_picture("reconstructions.png", draw_reconstructions(state.vqgan, shown))
-        run.save_picture("curves.png", draw_curves(run.read_log(), state.health.num_codes))
-        run.save_picture("codebook.png", draw_codebook(state.vqgan, state.health.counts, run.read_log()))
+        rows = run.read_log()
+        run.save_picture("reconstructions.png", draw_reconstructions(state.vqgan, shown), state.step)
+        run.save_picture("curves.png", draw_curves(rows, state.health.num_codes), state.step)
+        run.save_picture("codebook.png", draw_codebook(state.vqgan, state.health.counts, rows), state.step)
     return metrics

@@ -17,7 +17,7 @@ import datasets
 
 from hf_vqgan import VQGANConfig
 from hf_vqgan.arguments import ModelArguments, RecipeParser, given
-from hf_vqgan.training import VQGANTrainingConfig, train
+from hf_vqgan.training import PREEMPTED_EXIT_CODE, CodebookCollapse, Preempted, VQGANTrainingConfig, train
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -33,13 +33,10 @@ def main() -> None:
         else:
             model_config = VQGANConfig.from_pretrained(config.init_from, **fields)
         train(config, model_config, dry_run=flags.dry_run)
-    except (
-        ValueError,
-        FileNotFoundError,
-        FileExistsError,
-        FloatingPointError,
-        datasets.exceptions.DatasetsError,
-    ) as error:
+    except Preempted as error:
+        print(f"{Path(__file__).name}: {error} The same command goes on from there.", file=sys.stderr)
+        sys.exit(PREEMPTED_EXIT_CODE)
+    except (ValueError, OSError, FloatingPointError, CodebookCollapse, datasets.exceptions.DatasetsError) as error:
         sys.exit(f"{Path(__file__).name}: error: {error}")
 
 

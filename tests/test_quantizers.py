@@ -121,7 +121,12 @@ def test_empty_and_broken_input(quantizer, latents):
         quantizer(latents[:, :3])
     latents[0, 0, 0, 0] = torch.nan
     with pytest.raises(ValueError, match="1 of 120 latent values are NaN"):
-        quantizer(latents)
+        quantizer.eval()(latents)
+    # In training it has to come out in a loss or a gradient, where the trainer sees it.
+    output = quantizer.train()(latents.requires_grad_())
+    loss = sum(output.losses.values(), start=output.quantized.sum())
+    loss.backward()
+    assert not (loss.isfinite() and latents.grad.isfinite().all())
 
 
 def test_unpacks_as_diffusers_expects(quantizer, latents):

@@ -1,161 +1,34 @@
-"""The training step as mathematics, then the run around it."""
+"""A run from its command to what it leaves behind, and everything that can interrupt it."""
 
 import dataclasses
 import json
+import os
+import resource
+import signal
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from accelerate import Accelerator
+from accelerate import DistributedType
 from conftest import SPECIAL, TINY
 from PIL import Image
+from safetensors.torch import load_file
 
 import hf_vqgan
 from hf_vqgan import QUANTIZERS, VQGANConfig, VQGANModel
 from hf_vqgan.configuration_vqgan import model_fields
 from hf_vqgan.data import ImageTransform, TrainingImages, load_image_datasets
-from hf_vqgan.discriminators import PatchDiscriminator
-from hf_vqgan.losses import LPIPS, adversarial_loss, discriminator_losses
-from hf_vqgan.metrics import CodebookHealth
-from hf_vqgan.training import CodebookCollapse, TrainState, VQGANTrainingConfig, train, training_step
-
-
-def double_state(random_trunk, **fields) -> TrainState:
-    """A float64 training state with plain SGD of rate 1: a step moves every weight by exactly its gradient."""
-    defaults = dict(dataset_name="none", max_grad_norm=0.0, channels_last=False, perceptual_net="alex")
-    config = VQGANTrainingConfig(**defaults | fields)
-    torch.manual_seed(0)
-    model = VQGANModel(VQGANConfig(**TINY)).double()
-    torch.nn.init.normal_(model.quantize.embedding.weight, std=0.5)
-    discriminator = PatchDiscriminator(channels=8, num_layers=1).double()
-    optimizers = [torch.optim.SGD(network.parameters(), lr=1.0) for network in (model, discriminator)]
-    schedules = [torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0) for optimizer in optimizers]
-    return TrainState(
-        config=config,
-        accelerator=Accelerator(cpu=True),
-        model=model,
-        discriminator=discriminator,
-        perceptual=LPIPS("alex", str(random_trunk / "alex.safetensors"), upscale=2).double(),
-        optimizer=optimizers[0],
-        scheduler=schedules[0],
-        disc_optimizer=optimizers[1],
-        disc_scheduler=schedules[1],
-        health=CodebookHealth(TINY["num_vq_embeddings"]),
-    )
-
-
-def weights(*networks) -> list[torch.Tensor]:
-    return [p.detach().clone() for network in networks for p in network.parameters()]
-
-
-def applied_gradients(state: TrainState, micro_batches):
-    before = weights(state.model, state.discriminator)
-    output = training_step(state, micro_batches)
-    after = weights(state.model, state.discriminator)
-    return [old - new for old, new in zip(before, after, strict=True)], output
-
-
-def textbook_gradients(state: TrainState, x: torch.Tensor):
-    """taming-transformers' step, written out: two autograd.grad calls for λ, then a full backward per network."""
-    config, model, discriminator = state.config, state.model, state.discriminator
-    output = model(x)
-    rec = (
-        config.l1_weight * (output.sample - x).abs().mean()
-        + config.l2_weight * (output.sample - x).square().mean()
-        + config.perceptual_weight * state.perceptual(output.sample, x).mean()
-    )
-    adv = adversarial_loss(discriminator(output.sample), config.adversarial_loss)
-    last = model.decoder.conv_out.weight
-    (rec_grad,) = torch.autograd.grad(rec, last, retain_graph=True)
-    (adv_grad,) = torch.autograd.grad(adv, last, retain_graph=True)
-    balance = (rec_grad.norm() / (adv_grad.norm() + 1e-4)).clamp(0, config.adaptive_weight_max).detach()
-    quantizer = 0.25 * output.losses["commitment"] + output.losses["codebook"]
-    loss = rec + balance * config.adversarial_weight * adv + quantizer
-    generator_grads = torch.autograd.grad(loss, list(model.parameters()))
-    disc = discriminator_losses(discriminator(x), discriminator(output.sample.detach()), config.adversarial_loss)
-    disc_grads = torch.autograd.grad(0.5 * sum(disc.values()), list(discriminator.parameters()))
-    return [*generator_grads, *disc_grads], balance
-
-
-def assert_close(gradients, expected):
-    for gradient, want in zip(gradients, expected, strict=True):
-        torch.testing.assert_close(gradient, want, rtol=1e-9, atol=1e-13)
-
-
-@pytest.mark.parametrize("kind", ["hinge", "non_saturating"])
-def test_step_equals_the_textbook(random_trunk, kind):
-    state = double_state(random_trunk, adversarial_loss=kind, l2_weight=0.5)
-    x = torch.rand(4, 3, 16, 16, dtype=torch.float64) * 2 - 1
-    expected, balance = textbook_gradients(state, x)
-    gradients, output = applied_gradients(state, [x])
-    assert output.adaptive_weight == pytest.approx(float(balance), rel=1e-9)
-    assert_close(gradients, expected)
-    assert any(gradient.abs().max() > 1e-3 for gradient in gradients)
-
-
-def test_accumulation_equals_a_large_batch(random_trunk):
-    """λ included, which other trainers compute anew for each micro-batch."""
-    x = torch.rand(6, 3, 16, 16, dtype=torch.float64) * 2 - 1
-    whole, one = applied_gradients(double_state(random_trunk), [x])
-    parts, three = applied_gradients(double_state(random_trunk), list(x.split(2)))
-    assert_close(parts, whole)
-    assert three.adaptive_weight == pytest.approx(one.adaptive_weight, rel=1e-9)
-    assert three.losses == pytest.approx(one.losses, rel=1e-9)
-    assert torch.equal(three.indices, one.indices) and torch.equal(three.latents, one.latents)
-
-
-def test_discriminator_waits_for_its_start_and_ramps(random_trunk):
-    state = double_state(random_trunk, disc_start=2, disc_ramp_steps=4)
-    x = torch.rand(2, 3, 16, 16, dtype=torch.float64) * 2 - 1
-    initial = weights(state.discriminator)
-    outputs = [training_step(state, [x]) for _ in range(2)]
-    assert all("adversarial" not in output.losses and output.adaptive_weight == 0 for output in outputs)
-    assert all(torch.equal(a, b) for a, b in zip(initial, weights(state.discriminator), strict=True))
-    # At disc_start the discriminator learns while its pull on the generator is still 0.
-    off = double_state(random_trunk, adversarial_weight=0.0)
-    off.model.load_state_dict(state.model.state_dict())
-    off.disc_optimizer = off.discriminator = None
-    first = weights(state.model)
-    training_step(state, [x])
-    training_step(off, [x])
-    assert any(not torch.equal(a, b) for a, b in zip(initial, weights(state.discriminator), strict=True))
-    moved = zip(weights(state.model), weights(off.model), first, strict=True)
-    for with_disc, without, start in moved:
-        torch.testing.assert_close(with_disc - start, without - start, rtol=1e-9, atol=1e-13)
-
-
-def test_no_codebook_gradient_before_quantization(random_trunk):
-    state = double_state(random_trunk, quantize_start=1, adversarial_weight=0.0)
-    state.discriminator = None
-    codebook = state.model.quantize.embedding.weight.detach().clone()
-    x = torch.rand(2, 3, 16, 16, dtype=torch.float64) * 2 - 1
-    training_step(state, [x])
-    assert torch.equal(state.model.quantize.embedding.weight, codebook)
-    training_step(state, [x])
-    assert not torch.equal(state.model.quantize.embedding.weight, codebook)
-
-
-def test_entropy_weight_is_annealed(random_trunk):
-    state = double_state(random_trunk, quantize_start=10, entropy_anneal_factor=3.0, entropy_anneal_steps=4)
-    state.model.quantize.loss_names = ("commitment", "codebook", "entropy")
-    state.model.config.entropy_weight = 0.5
-    found = {}
-    for state.step in (9, 10, 12, 14, 99):
-        found[state.step] = state.quantizer_loss_weights()["entropy"]
-    assert found == {9: 0, 10: 1.5, 12: 1.0, 14: 0.5, 99: 0.5}
-
-
-@pytest.mark.parametrize("adversarial_weight", [0.0, 0.8])
-def test_nan_stops_before_any_weight_changes(random_trunk, adversarial_weight):
-    state = double_state(random_trunk, adversarial_weight=adversarial_weight)
-    state.perceptual.heads[0].data.fill_(torch.nan)
-    before = weights(state.model, state.discriminator)
-    with pytest.raises(FloatingPointError, match="step 0: not finite: perceptual"):
-        training_step(state, [torch.rand(2, 3, 16, 16, dtype=torch.float64)])
-    assert all(torch.equal(a, b) for a, b in zip(before, weights(state.model, state.discriminator), strict=True))
-
-
-# ------------------------------------------------------------------------------------------------ a run
+from hf_vqgan.metrics import CodebookHealth, DiscriminatorHealth
+from hf_vqgan.training import (
+    CodebookCollapse,
+    Preempted,
+    VQGANTrainingConfig,
+    build_accelerator,
+    build_state,
+    check_distributed_type,
+    train,
+)
 
 
 def run_config(image_folder, random_trunk, output_dir, **fields) -> VQGANTrainingConfig:
@@ -263,6 +136,206 @@ def stop_after(step):
     return count
 
 
+def final_weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def assert_same_weights(folder: Path, other: Path):
+    ours, theirs = final_weights(folder), final_weights(other)
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours | theirs)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_notice_of_preemption_saves_and_stops(image_folder, random_trunk, tmp_path, tiny, number):
+    config = run_config(image_folder, random_trunk, tmp_path / "whole", checkpointing_steps=100, use_ema=True)
+    train(config, tiny)
+    stopped = dataclasses.replace(config, output_dir=str(tmp_path / "stopped"))
+    before = signal.getsignal(number)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            "hf_vqgan.training.count_bad_images", lambda state, *_: state.step == 3 and os.kill(os.getpid(), number)
+        )
+        with pytest.raises(Preempted, match=f"stopped by {signal.Signals(number).name}: saved step 3"):
+            train(stopped, tiny)
+    assert signal.getsignal(number) == before
+    assert [path.name for path in (tmp_path / "stopped").glob("checkpoint-*")] == ["checkpoint-3"]
+    train(stopped, tiny)
+    assert_same_weights(tmp_path / "whole", tmp_path / "stopped")
+
+
+def test_damaged_checkpoints_are_passed_over(image_folder, random_trunk, tmp_path, tiny, caplog):
+    config = run_config(image_folder, random_trunk, tmp_path / "run", checkpoints_total_limit=None)
+    train(config, tiny)
+    whole = final_weights(tmp_path / "run")
+    six, four = (tmp_path / "run" / f"checkpoint-{step}" for step in (6, 4))
+    file = max(six.iterdir(), key=lambda path: path.stat().st_size)
+    file.write_bytes(file.read_bytes()[:-100])
+    contents = bytearray((four / "custom_checkpoint_0.pkl").read_bytes())
+    contents[len(contents) // 2] ^= 1
+    (four / "custom_checkpoint_0.pkl").write_bytes(contents)
+    for path in ("model.safetensors", "log.jsonl"):
+        (tmp_path / "run" / path).unlink()
+    with pytest.raises(ValueError, match="checkpoint-4: the checkpoint is damaged: custom_checkpoint_0.pkl has other"):
+        train(dataclasses.replace(config, resume_from_checkpoint=str(four)), tiny)
+    train(config, tiny)
+    messages = [record.message for record in caplog.records if "is damaged" in record.message]
+    assert len(messages) == 2
+    assert f"{six} is damaged ({file.name} has" in messages[0] and "bytes instead of" in messages[0]
+    assert all(torch.equal(tensor, whole[name]) for name, tensor in final_weights(tmp_path / "run").items())
+    rows = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "l1" in row] == [3, 4, 5, 6]  # from checkpoint-2 on
+
+
+def test_log_line_cut_off_by_a_kill_is_dropped(image_folder, random_trunk, tmp_path, tiny):
+    config = run_config(image_folder, random_trunk, tmp_path / "run", max_train_steps=4)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("hf_vqgan.training.count_bad_images", stop_after(3))
+        with pytest.raises(KeyboardInterrupt):
+            train(config, tiny)
+    with open(tmp_path / "run" / "log.jsonl", "a") as log:
+        log.write('{"step": 3, "l1": 0.')
+    train(config, tiny)
+    rows = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "l1" in row] == [1, 2, 3, 4]
+
+
+def test_full_disk_loses_no_checkpoint(image_folder, random_trunk, tmp_path, tiny, monkeypatch):
+    """The limit on file sizes makes writing fail as a full disk does: in the middle of a file."""
+    config = run_config(image_folder, random_trunk, tmp_path / "run")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill_disk(state, *_):
+        if state.step == 4:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("hf_vqgan.training.count_bad_images", fill_disk)
+        try:
+            with pytest.raises(OSError, match=r"step 4 could not be written .*untouched: checkpoint-2. Make room"):
+                train(config, tiny)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [path.name for path in (tmp_path / "run").glob("*checkpoint-*")] == ["checkpoint-2"]
+    train(config, tiny)
+    train(dataclasses.replace(config, output_dir=str(tmp_path / "whole")), tiny)
+    assert_same_weights(tmp_path / "whole", tmp_path / "run")
+
+
+def test_steps_with_nan_are_skipped_and_counted_up_to_a_limit(image_folder, random_trunk, tmp_path, tiny, monkeypatch):
+    real_step = hf_vqgan.training.training_step
+
+    def broken_step(state, micro_batches):
+        if state.step in poisoned:
+            micro_batches = [pixels * torch.nan for pixels in micro_batches]
+        return real_step(state, micro_batches)
+
+    monkeypatch.setattr("hf_vqgan.training.training_step", broken_step)
+    poisoned = {2, 4}
+    config = run_config(image_folder, random_trunk, tmp_path / "some", max_nonfinite_steps=2)
+    metrics = train(config, tiny)
+    assert metrics["nonfinite_steps"] == 2 and all(
+        w.isfinite().all() for w in final_weights(tmp_path / "some").values()
+    )
+    poisoned = {2, 3}
+    with pytest.raises(FloatingPointError, match=r"step 4: 2 steps in a row .*not finite in: l1, l2, perceptual"):
+        train(dataclasses.replace(config, output_dir=str(tmp_path / "many")), tiny)
+
+
+def test_averaged_weights_are_validated_and_saved(image_folder, random_trunk, tmp_path, tiny):
+    """With decay d, the average becomes d * average + (1 - d) * weights; checkpoints hold both."""
+    config = run_config(image_folder, random_trunk, tmp_path / "run", use_ema=True, ema_decay=0.25, max_train_steps=4,
+                        checkpointing_steps=1, checkpoints_total_limit=None)  # fmt: skip
+    metrics = train(config, tiny)
+    raw = load_file(tmp_path / "run" / "checkpoint-4" / "model.safetensors")
+    saved, names = final_weights(tmp_path / "run"), [name for name, _ in VQGANModel(tiny).named_parameters()]
+
+    def averages(step):
+        folder = tmp_path / "run" / f"checkpoint-{step}"
+        states = [torch.load(file, weights_only=True) for file in sorted(folder.glob("custom_checkpoint_*"))]
+        (shadow,) = [state["shadow_params"] for state in states if "shadow_params" in state]
+        return dict(zip(names, shadow, strict=True))
+
+    moved = [name for name in names if not torch.equal(raw[name], saved[name])]
+    assert len(moved) > len(names) / 2
+    for name in moved:
+        if "quantize" not in name:  # restarted codes take their average along
+            torch.testing.assert_close(saved[name], 0.25 * averages(3)[name] + 0.75 * raw[name])
+    assert all(torch.equal(saved[name], tensor) for name, tensor in averages(4).items())
+    model = VQGANModel.from_pretrained(tmp_path / "run")
+    _, validation = hf_vqgan.training.load_images(config, tiny, build_accelerator(config))
+    report = hf_vqgan.training.evaluate_reconstruction(model, (image[None] for image in validation))
+    assert report.psnr == pytest.approx(metrics["psnr"], rel=1e-4)
+
+
+def test_each_network_has_its_own_schedule(image_folder, random_trunk, tmp_path, tiny):
+    config = run_config(image_folder, random_trunk, tmp_path / "run", lr_scheduler="constant_with_warmup",
+                        learning_rate=1.0, lr_warmup_steps=4, disc_learning_rate=0.5, disc_lr_scheduler="linear",
+                        disc_lr_warmup_steps=0, max_train_steps=6, disc_start=2)  # fmt: skip
+    state = build_state(config, tiny, build_accelerator(config), None)
+    rates = []
+    for optimizer, schedule in ((state.optimizer, state.scheduler), (state.disc_optimizer, state.disc_scheduler)):
+        rates.append([])
+        for _ in range(5):
+            rates[-1].append(schedule.get_last_lr()[0])
+            optimizer.step()
+            schedule.step()
+    assert rates[0] == pytest.approx([0, 0.25, 0.5, 0.75, 1])
+    assert rates[1] == pytest.approx([0.5, 0.375, 0.25, 0.125, 0])  # over the 4 steps from disc_start on
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo looks at inputs
+def test_compiled_run_learns_the_same(image_folder, random_trunk, tmp_path, tiny):
+    """Traced, but not compiled to machine code: that takes minutes."""
+    config = run_config(image_folder, random_trunk, tmp_path / "plain", max_train_steps=3, latent_statistics_images=0)
+    train(config, tiny)
+    compiled = dict(output_dir=str(tmp_path / "compiled"), torch_compile=True, torch_compile_backend="aot_eager")
+    train(dataclasses.replace(config, **compiled), tiny)
+    plain, other = final_weights(tmp_path / "plain"), final_weights(tmp_path / "compiled")
+    assert plain.keys() == other.keys()
+    for name in plain:
+        torch.testing.assert_close(plain[name], other[name], rtol=1e-3, atol=1e-4)
+
+
+def test_missing_bitsandbytes_is_named(image_folder, random_trunk, tmp_path, tiny, monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+    config = run_config(image_folder, random_trunk, tmp_path / "run", use_8bit_adam=True)
+    with pytest.raises(ValueError, match="use_8bit_adam=True needs bitsandbytes"):
+        train(config, tiny)
+
+
+@pytest.mark.parametrize("kind", [DistributedType.FSDP, DistributedType.DEEPSPEED])
+def test_sharded_launches_are_refused(kind):
+    with pytest.raises(ValueError, match=f"this launch uses {kind.value}.*launch with DDP"):
+        check_distributed_type(kind)
+    for supported in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
+        check_distributed_type(supported)
+
+
+def test_pictures_reach_the_tracker(image_folder, random_trunk, tmp_path, tiny):
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    train(run_config(image_folder, random_trunk, tmp_path / "run", report_to="tensorboard"), tiny)
+    events = event_accumulator.EventAccumulator(str(tmp_path / "run" / "vqgan"), {"images": 0, "scalars": 0})
+    events.Reload()
+    assert {"reconstructions", "curves", "codebook"} <= set(events.Tags()["images"])
+    assert [event.step for event in events.Images("curves")] == [3, 6]
+    assert [event.step for event in events.Scalars("l1")] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("disc_type", ["stylegan", "patchgan"])
+def test_runs_with_every_aid_for_small_datasets(
+    image_folder, random_trunk, tmp_path, tiny, disc_type, monkeypatch, caplog
+):
+    monkeypatch.setattr(DiscriminatorHealth, "diagnosis", lambda health: "The discriminator has won.")
+    aids = dict(disc_type=disc_type, lecam_weight=0.1, r1_weight=1.0, r1_interval=2, disc_start=1)
+    config = run_config(image_folder, random_trunk, tmp_path / "run", diff_augment=["color", "cutout"], **aids)
+    train(config, tiny)
+    rows = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "disc_r1" in row] == [2, 4, 6]
+    assert [row["step"] for row in rows if "disc_lecam" in row] == [3, 4, 5, 6]  # anchors exist after the first
+    assert {"disc_real_accuracy", "logits_fake", "gradient_ratio"} <= rows[2].keys() - rows[0].keys()
+    assert [record.message for record in caplog.records].count("The discriminator has won.") == 1
+
+
 def test_complete_run_is_left_alone_and_other_runs_are_refused(image_folder, random_trunk, tmp_path, tiny, capsys):
     config = run_config(image_folder, random_trunk, tmp_path / "run", max_train_steps=2, quantize_start=0)
     metrics = train(config, tiny)
@@ -317,7 +390,7 @@ def test_dry_run_writes_nothing(image_folder, random_trunk, tmp_path, tiny, caps
     [
         ({"resolution": 33}, ValueError, "resolution=33 is not a multiple of 2"),
         ({"resolution": 16}, ValueError, "resolution=16 is too small for LPIPS with validation_net='alex'.*31 pixels"),
-        ({"resume_from_checkpoint": "latest"}, FileNotFoundError, "no checkpoint-N in"),
+        ({"resume_from_checkpoint": "latest"}, FileNotFoundError, "no whole checkpoint-N in"),
         ({"image_column": "label"}, ValueError, "'label' is not an image column"),
     ],
 )
