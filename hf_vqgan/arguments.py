@@ -1,6 +1,7 @@
 """Command lines: dataclass defaults, overridden by a YAML recipe, overridden by flags."""
 
 import difflib
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import field as dataclass_field
@@ -10,6 +11,7 @@ from pathlib import Path
 import yaml
 from transformers import HfArgumentParser
 
+from .configuration_training import VQGANTrainingConfig
 from .configuration_vqgan import VQGANConfig, model_fields
 
 # What names a dataset or says where things are in it. Overriding a recipe's dataset discards the recipe's description.
@@ -17,15 +19,24 @@ DATASET_FIELDS = ("dataset_name", "dataset_config_name", "dataset_revision", "tr
                   "train_files", "validation_files", "image_column")  # fmt: skip
 
 
+def _model_descriptions() -> dict[str, str]:
+    """What VQGANConfig's docstring says of each of its fields, on one line each."""
+    arguments = VQGANConfig.__doc__.split("Args:\n")[1].split("\n\n")[0]
+    entries = re.split(r"\n? {8}(?=\w+ \(`)", arguments)[1:]
+    parts = (re.fullmatch(r"(\w+) \(.*?\):\s+(.*)", entry, re.DOTALL).groups() for entry in entries)
+    return {name: " ".join(text.split()) for name, text in parts}
+
+
 def _model_arguments() -> type:
     """A dataclass with VQGANConfig's own fields, in types that a command line can give; None means not given."""
     flags = []
+    descriptions = _model_descriptions()
     for config_field in fields(VQGANConfig):
         if config_field.name in model_fields():
             kind = str(config_field.type)
             item = str if "str" in kind else float if "float" in kind else int
             flag_type = list[item] if "list" in kind else bool if config_field.type is bool else item
-            help = f"Model: see VQGANConfig. Default: {config_field.default}."
+            help = descriptions[config_field.name].replace("%", "%%")
             flags.append((config_field.name, flag_type | None, dataclass_field(default=None, metadata={"help": help})))
     return make_dataclass("ModelArguments", flags)
 
@@ -93,6 +104,42 @@ class RecipeParser(HfArgumentParser):
         return message + (f"; did you mean {close[0]}?" if close else "; --help lists all flags.")
 
 
+def flags_page() -> str:
+    """docs/flags.md: every flag of `train_vqgan.py` with its default and meaning, as the dataclasses have them."""
+
+    def table(rows) -> list[str]:
+        return ["| flag | default | meaning |", "|---|---|---|", *(f"| `--{' | '.join(row)} |" for row in rows), ""]
+
+    def default(value) -> str:
+        return "" if value in (None, "") or value == [] else f"`{value}`"
+
+    training, model = ({item.name: item for item in fields(kind)} for kind in (VQGANTrainingConfig, VQGANConfig))
+    defaults = VQGANTrainingConfig(dataset_name="-")
+    lines = [
+        "# All flags of train_vqgan.py",
+        "",
+        "Written by `python -m hf_vqgan.arguments > docs/flags.md`; a test keeps it so. Recipes (`--config`) have the",
+        "same names. Booleans are given as `--random_flip false`, lists as `--block_out_channels 64 128`.",
+        "",
+        "## The run",
+        "",
+        *table(
+            (f"{name}`", default("" if name == "dataset_name" else getattr(defaults, name)), _help(training[name]))
+            for name in training
+        ),
+        "## The model",
+        "",
+        *table((f"{name}`", default(model[name].default), text) for name, text in _model_descriptions().items()),
+    ]
+    return "\n".join(lines)
+
+
+def _help(config_field) -> str:
+    choices = config_field.metadata.get("choices")
+    text = config_field.metadata["help"].replace("|", "\\|")
+    return text + (f" One of {', '.join(f'`{choice}`' for choice in choices)}." if choices else "")
+
+
 def _as_flags(recipe: dict) -> list[str]:
     """A recipe as the command line that says the same, so that one parser checks both. Null keeps the default."""
     flags = []
@@ -107,3 +154,7 @@ def given(arguments) -> dict:
     """The fields of a dataclass that were set, i.e. are not None."""
     values = {item.name: getattr(arguments, item.name) for item in fields(arguments)}
     return {name: value for name, value in values.items() if value is not None}
+
+
+if __name__ == "__main__":
+    print(flags_page(), end="")

@@ -127,7 +127,7 @@ class VQGANTrainingConfig:
         20, "Stop after so many steps in a row with NaN or infinity in a loss or gradient. Each is skipped and counted."
     )
     use_ema: bool = option(False, "Keep a moving average of the weights: validated, saved and pushed in their place.")
-    ema_decay: float = option(0.999, "Largest decay per step of that average; it starts lower.")
+    model_ema_decay: float = option(0.999, "Largest decay per step of that average; it starts lower.")
     mixed_precision: str = option("no", "Autocast.", choices=("no", "bf16", "fp16"))
     gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass, to save memory.")
     torch_compile: bool = option(False, "Compile the blocks of encoder and decoder, the discriminator and LPIPS.")
@@ -190,7 +190,7 @@ class VQGANTrainingConfig:
                 "r1_weight",
             ),
         )
-        for name in ("max_unreadable_share", "lecam_decay", "ema_decay"):
+        for name in ("max_unreadable_share", "lecam_decay", "model_ema_decay"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be in [0, 1].")
         if self.decoder_only and self.init_from is None:

@@ -65,7 +65,7 @@ class Network:
                     f"not the weights of torchvision's {self.torchvision_name}: {source} is {shape}, expected "
                     f"{tuple(placeholder.shape)}."
                 )
-            wanted[name] = found.float().contiguous()
+            wanted[name] = found.to(torch.get_default_dtype()).contiguous()
         return wanted
 
 

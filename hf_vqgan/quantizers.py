@@ -365,7 +365,7 @@ class EMAVectorQuantizer(VectorQuantizer):
         return self
 
     def codebook_statistics(self, vectors: Tensor, indices: Tensor) -> Tensor:
-        counts, sums = cluster_sums(self.project(vectors.float()), indices, self.num_codes)
+        counts, sums = cluster_sums(self.project(vectors.to(self.embed_avg.dtype)), indices, self.num_codes)
         return torch.cat([counts[:, None], sums], dim=1)  # (K, 1 + D)
 
     @torch.no_grad()

@@ -410,7 +410,7 @@ def build_state(
         discriminator = accelerator.prepare_model(discriminator)
     ema = None
     if config.use_ema:
-        ema = EMAModel(accelerator.unwrap_model(model).parameters(), decay=config.ema_decay)
+        ema = EMAModel(accelerator.unwrap_model(model).parameters(), decay=config.model_ema_decay)
         ema.to(accelerator.device)
     health = CodebookHealth(model_config.num_vq_embeddings, model_config.num_codebooks, config.codebook_window)
     state = TrainState(

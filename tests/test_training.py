@@ -243,8 +243,8 @@ def test_steps_with_nan_are_skipped_and_counted_up_to_a_limit(image_folder, rand
 
 def test_averaged_weights_are_validated_and_saved(image_folder, random_trunk, tmp_path, tiny):
     """With decay d, the average becomes d * average + (1 - d) * weights; checkpoints hold both."""
-    config = run_config(image_folder, random_trunk, tmp_path / "run", use_ema=True, ema_decay=0.25, max_train_steps=4,
-                        checkpointing_steps=1, checkpoints_total_limit=None)  # fmt: skip
+    config = run_config(image_folder, random_trunk, tmp_path / "run", use_ema=True, model_ema_decay=0.25,
+                        max_train_steps=4, checkpointing_steps=1, checkpoints_total_limit=None)  # fmt: skip
     metrics = train(config, tiny)
     raw = load_file(tmp_path / "run" / "checkpoint-4" / "model.safetensors")
     saved, names = final_weights(tmp_path / "run"), [name for name, _ in VQGANModel(tiny).named_parameters()]

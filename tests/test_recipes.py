@@ -1,0 +1,29 @@
+"""Every recipe builds its networks and passes its own check, on whatever images are at hand."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+from transformers import ViTConfig, ViTModel
+
+from hf_vqgan import VQGANConfig
+from hf_vqgan.arguments import ModelArguments, RecipeParser, given
+from hf_vqgan.training import VQGANTrainingConfig, train
+
+RECIPES = sorted((Path(__file__).parent.parent / "scripts" / "recipes").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda file: file.stem)
+def test_dry_run(recipe, image_folder, random_trunk, tmp_path, capsys):
+    backbone = ViTConfig(hidden_size=16, num_hidden_layers=4, num_attention_heads=2, intermediate_size=32)
+    ViTModel(backbone, add_pooling_layer=False).save_pretrained(tmp_path / "vit")  # the Hub's is out of reach here
+    replaced = {"dataset_name": image_folder, "output_dir": tmp_path / "run", "disc_backbone": tmp_path / "vit",
+                "mixed_precision": "no", "cpu_threads": 2}  # fmt: skip
+    flags = [text for name, value in replaced.items() for text in (f"--{name}", str(value))]
+    config, model, _ = RecipeParser((VQGANTrainingConfig, ModelArguments)).parse(["--config", str(recipe), *flags])
+    trunk = random_trunk / f"{config.perceptual_net}.safetensors"
+    config = dataclasses.replace(config, perceptual_weights_path=str(trunk), validation_net=config.perceptual_net)
+    train(config, VQGANConfig(sample_size=config.resolution, **given(model)), dry_run=True)
+    plan = capsys.readouterr().out
+    assert f"f{VQGANConfig(**given(model)).downsample_factor}," in plan
+    assert not (tmp_path / "run").exists()
