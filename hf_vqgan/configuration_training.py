@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from .discriminators import AUGMENTATIONS, DISCRIMINATORS
 from .losses import ADVERSARIAL_LOSSES
 from .lpips_weights import NETWORKS
+from .regularizers import TRANSFORMS
 
 
 def option(default, help: str, choices: tuple[str, ...] | None = None):
@@ -95,6 +96,18 @@ class VQGANTrainingConfig:
     r1_weight: float = option(0.0, "Weight γ of γ/2 E|∂D/∂x|², the discriminator's gradient penalty on real images.")
     r1_interval: int = option(16, "Steps between gradient penalties, each of which then weighs so many times more.")
 
+    adversarial_gradient_at_z: float = option(
+        1.0,
+        "Share of the adversarial gradient that passes from the decoder to z and the encoder. 0: they never see it.",
+    )
+
+    # The latent space (regularizers.py)
+    equivariance_share: float = option(0.0, "Share of the steps whose latents and target are transformed alike.")
+    equivariance_transforms: list[str] = option(["scale", "rotate"], "By what.", choices=TRANSFORMS)
+    latent_noise_std: float = option(0.0, "Standard deviation of noise added to the latents in training.")
+    alignment_weight: float = option(0.0, "Weight of the latents' alignment with a frozen vision model's features.")
+    alignment_model: str = option("facebook/dinov2-small", "That model: Hub id or folder.")
+
     # Codebook
     quantize_start: int = option(0, "Steps to train as a plain autoencoder before quantizing.")
     codebook_init: str = option("data", "Codebook at quantize_start: k-means of latents, or left as it is.",
@@ -138,6 +151,10 @@ class VQGANTrainingConfig:
 
     # Watching and keeping
     logging_steps: int = option(10, "Steps between lines of log.jsonl and tracker entries.")
+    gradient_report_steps: int = option(
+        250,
+        "Steps between measurements of each loss's gradient at x̂, z and the encoder, as in gradients.png. 0: never.",
+    )
     validation_steps: int = option(500, "Steps between validations.")
     validation_net: str = option("alex", "LPIPS network of the reported metric.", choices=tuple(NETWORKS))
     latent_statistics_images: int = option(
@@ -188,11 +205,20 @@ class VQGANTrainingConfig:
                 "latent_statistics_images",
                 "lecam_weight",
                 "r1_weight",
+                "adversarial_gradient_at_z",
+                "latent_noise_std",
+                "alignment_weight",
+                "gradient_report_steps",
             ),
         )
-        for name in ("max_unreadable_share", "lecam_decay", "model_ema_decay"):
+        for name in ("max_unreadable_share", "equivariance_share", "lecam_decay", "model_ema_decay"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be in [0, 1].")
+        if self.disc_type == "stylegan" and self.equivariance_share and "scale" in self.equivariance_transforms:
+            raise ValueError(
+                "disc_type='stylegan' judges images of one size: leave 'scale' out of equivariance_transforms, or take "
+                "disc_type='patchgan'."
+            )
         if self.decoder_only and self.init_from is None:
             raise ValueError("decoder_only=True needs init_from: a trained model whose encoder and codebook stay.")
         if self.checkpoints_total_limit is not None and self.checkpoints_total_limit < 1:

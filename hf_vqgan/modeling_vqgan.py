@@ -209,15 +209,22 @@ class VQGANModel(PreTrainedModel):
         return self.decode(indices, return_dict=return_dict)
 
     def forward(
-        self, pixel_values: Tensor, force_not_quantize: bool = False, return_dict: bool = True
+        self,
+        pixel_values: Tensor,
+        force_not_quantize: bool = False,
+        return_dict: bool = True,
+        latent_transform: Callable[[Tensor], Tensor] | None = None,
     ) -> VQGANOutput | tuple[Tensor, ...]:
         """
         Reconstruct `pixel_values` `(B, C, H, W)` in [-1, 1].
 
         With `force_not_quantize` the decoder sees the continuous latents, as at the start of some trainings; indices
-        and losses are those of the quantizer all the same.
+        and losses are those of the quantizer all the same. `latent_transform` maps the latents before quantization, in
+        trainings that ask more of them than to be decodable; the output's `latents` are then what it gives.
         """
         latents = self.encode(pixel_values).latents
+        if latent_transform is not None:
+            latents = latent_transform(latents)
         chosen = self.quantize(latents)
         sample = self._decode_quantized(latents if force_not_quantize else chosen.quantized)
         output = VQGANOutput(sample=sample, latents=latents, indices=chosen.indices, losses=chosen.losses)

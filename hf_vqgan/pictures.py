@@ -68,7 +68,7 @@ def draw_curves(rows: list[dict[str, float]], num_codes: int) -> Image.Image:
         num_codes (`int`): Drawn as the ceiling of perplexity.
     """
     names = list(dict.fromkeys(name.removeprefix("validation_") for row in rows for name in row if name != "step"))
-    names = [name for name in names if name != "num_images"]
+    names = [name for name in names if name != "num_images" and not name.startswith(("gradient_", "cosine_"))]
     columns = 4
     figure = Figure(figsize=(4 * columns, 2.6 * -(-len(names) // columns)), layout="constrained")
     for axes, name in zip(figure.subplots(-(-len(names) // columns), columns, squeeze=False).flat, names, strict=False):
@@ -82,6 +82,34 @@ def draw_curves(rows: list[dict[str, float]], num_codes: int) -> Image.Image:
         axes.tick_params(labelsize=8)
     for axes in figure.axes[len(names) :]:
         axes.set_axis_off()
+    return _render(figure)
+
+
+def draw_gradients(rows: list[dict[str, float]]) -> Image.Image:
+    """
+    What arrives of each loss's gradient at x̂, z and the encoder's ends (gradient_flow.py): norms over steps above, and
+    below the cosine with the sum of all.
+    """
+    places = {"x_hat": "reconstruction x̂", "z": "latents z", "encoder_first": "encoder, first layer",
+              "encoder_last": "encoder, last layer"}  # fmt: skip
+    keys = list(dict.fromkeys(name for row in rows for name in row if name.startswith("gradient_z_")))
+    terms = [key.removeprefix("gradient_z_") for key in keys]
+    figure = Figure(figsize=(4.2 * len(places), 6), layout="constrained")
+    norms, cosines = figure.subplots(2, len(places))
+    for above, below, (place, title) in zip(norms, cosines, places.items(), strict=True):
+        for number, term in enumerate(terms):
+            for axes, kind in ((above, "gradient"), (below, "cosine")):
+                name = f"{kind}_{place}_{term}"
+                points = [(row["step"], row[name]) for row in rows if name in row]
+                if points:
+                    axes.plot(
+                        *zip(*points, strict=True), "o-", markersize=3, linewidth=1, color=f"C{number}", label=term
+                    )
+        above.set(title=title, yscale="log")
+        below.set(xlabel="training step", ylim=(-1.05, 1.05))
+    norms[0].set_ylabel("norm of the weighted gradient")
+    cosines[0].set_ylabel("cosine with the sum of all")
+    norms[1].legend(fontsize=8)
     return _render(figure)
 
 

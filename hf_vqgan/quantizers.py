@@ -385,7 +385,7 @@ class EMAVectorQuantizer(VectorQuantizer):
     def restart_codes(self, dead: Tensor, vectors: Tensor, generator: torch.Generator | None = None) -> Tensor:
         restarted = super().restart_codes(dead, vectors, generator)
         self.cluster_size[restarted] = 1
-        self.embed_avg[restarted] = self.embedding.weight[restarted].float()
+        self.embed_avg[restarted] = self.embedding.weight[restarted].to(self.embed_avg.dtype)
         return restarted
 
 

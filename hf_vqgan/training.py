@@ -24,11 +24,13 @@ from .configuration_training import VQGANTrainingConfig
 from .configuration_vqgan import VQGANConfig
 from .data import EpochBatchSampler, ImageTransform, TrainingImages, ValidationImages, load_image_datasets
 from .discriminators import DINODiscriminator, PatchDiscriminator, StyleGANDiscriminator
+from .gradient_flow import measure_gradients
 from .hub import push_run_to_hub
 from .losses import LPIPS
 from .metrics import CodebookHealth, evaluate_reconstruction, measure_latents
 from .modeling_vqgan import VQGANModel
-from .pictures import draw_codebook, draw_curves, draw_reconstructions
+from .pictures import draw_codebook, draw_curves, draw_gradients, draw_reconstructions
+from .regularizers import FeatureAlignment
 from .run_folder import RunFolder, public_settings
 from .training_step import StepOutput, TrainState, initialize_codebook, training_step, update_codebook
 
@@ -235,6 +237,9 @@ def run_steps(
             initialize_codebook(state, micro_batch_loader(state, dataset))
         quantizing = state.quantizing
         micro_batches = [next(loader) for _ in range(config.gradient_accumulation_steps)]
+        if config.gradient_report_steps and state.step % config.gradient_report_steps == 0 and state.step:
+            report = measure_gradients(state, micro_batches[0]["pixel_values"])
+            run.log({"step": state.step} | report)
         output = training_step(state, [batch["pixel_values"] for batch in micro_batches])
         restarted = 0
         if not output.nonfinite:
@@ -389,7 +394,10 @@ def build_state(
     if config.torch_compile:
         compile_blocks(config, model, discriminator, perceptual)
 
-    optimizer = build_optimizer(config, model, config.learning_rate)
+    alignment = None
+    if config.alignment_weight:
+        alignment = FeatureAlignment(config.alignment_model, model_config.vq_embed_dim)
+    optimizer = build_optimizer(config, (model, alignment), config.learning_rate)
     scheduler = get_scheduler(
         config.lr_scheduler,
         optimizer,
@@ -397,10 +405,12 @@ def build_state(
         num_training_steps=config.max_train_steps,
     )
     model = accelerator.prepare_model(model)
+    if alignment is not None:
+        alignment = accelerator.prepare_model(alignment)
     if discriminator is not None:
         learning_rate = config.learning_rate if config.disc_learning_rate is None else config.disc_learning_rate
         warmup = config.lr_warmup_steps if config.disc_lr_warmup_steps is None else config.disc_lr_warmup_steps
-        disc_optimizer = build_optimizer(config, discriminator, learning_rate)
+        disc_optimizer = build_optimizer(config, (discriminator,), learning_rate)
         disc_scheduler = get_scheduler(
             config.disc_lr_scheduler or config.lr_scheduler,
             disc_optimizer,
@@ -425,6 +435,7 @@ def build_state(
         disc_scheduler,
         health,
         ema=ema,
+        alignment=alignment,
     )
     # Accelerate's own optimizers would not do: two of them cannot share one fp16 scale (`update_weights`).
     parts = (optimizer, scheduler, disc_optimizer, disc_scheduler, ema, state)
@@ -476,8 +487,12 @@ def compile_blocks(
         block.compile(backend=config.torch_compile_backend)
 
 
-def build_optimizer(config: VQGANTrainingConfig, network: nn.Module, learning_rate: float) -> torch.optim.Optimizer:
+def build_optimizer(
+    config: VQGANTrainingConfig, networks: tuple[nn.Module | None, ...], learning_rate: float
+) -> torch.optim.Optimizer:
     """
+    AdamW over the networks' parameters that are not frozen.
+
     Raises:
         ValueError: if `use_8bit_adam` is set and bitsandbytes is not installed.
     """
@@ -488,7 +503,7 @@ def build_optimizer(config: VQGANTrainingConfig, network: nn.Module, learning_ra
         except ImportError as error:
             raise ValueError("use_8bit_adam=True needs bitsandbytes: `pip install bitsandbytes`.") from error
     return optimizer_class(
-        [parameter for parameter in network.parameters() if parameter.requires_grad],
+        [p for network in networks if network is not None for p in network.parameters() if p.requires_grad],
         lr=learning_rate,
         betas=(config.adam_beta1, config.adam_beta2),
         weight_decay=config.adam_weight_decay,
@@ -621,5 +636,7 @@ def validate(state: TrainState, validation: ValidationImages, metric: LPIPS, run
         rows = run.read_log()
         run.save_picture("reconstructions.png", draw_reconstructions(state.vqgan, shown), state.step)
         run.save_picture("curves.png", draw_curves(rows, state.health.num_codes), state.step)
+        if any(name.startswith("gradient_z_") for row in rows for name in row):
+            run.save_picture("gradients.png", draw_gradients(rows), state.step)
         run.save_picture("codebook.png", draw_codebook(state.vqgan, state.health.counts, rows), state.step)
     return metrics

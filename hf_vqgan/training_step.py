@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import math
+import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -28,6 +29,7 @@ from .losses import (
 )
 from .metrics import CodebookHealth, DiscriminatorHealth, LatentStatistics, gather_rows
 from .modeling_vqgan import VQGANModel, VQGANOutput
+from .regularizers import FeatureAlignment, SpatialTransform, add_noise, draw_transform
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +50,7 @@ class TrainState:
     health: CodebookHealth
     disc_health: DiscriminatorHealth = field(default_factory=DiscriminatorHealth)
     ema: EMAModel | None = None  # averages of the model's parameters
+    alignment: FeatureAlignment | None = None  # as Accelerate prepared it
     lecam_anchors: tuple[float, float] | None = None  # moving averages of the real and the fake logits
     step: int = 0  # optimizer steps done, skipped ones included
     nonfinite_steps: int = 0  # of these, skipped
@@ -94,8 +97,8 @@ class TrainState:
         config = self.config
         return {"l1": config.l1_weight, "l2": config.l2_weight, "perceptual": config.perceptual_weight}
 
-    def quantizer_loss_weights(self) -> dict[str, float]:
-        """The model's `NAME_weight` for each loss NAME of its quantizer; none before quantization starts."""
+    def latent_loss_weights(self) -> dict[str, float]:
+        """The model's `NAME_weight` for each loss NAME of its quantizer, none before quantization starts; alignment."""
         config, model = self.config, self.vqgan
         weights = {
             name: getattr(model.config, f"{name}_weight") * self.quantizing for name in model.quantize.loss_names
@@ -103,6 +106,8 @@ class TrainState:
         if "entropy" in weights:
             remaining = 1 - ramp(self.step, config.quantize_start, config.entropy_anneal_steps)
             weights["entropy"] *= 1 + (config.entropy_anneal_factor - 1) * remaining
+        if self.alignment is not None:
+            weights["alignment"] = config.alignment_weight
         return weights
 
     def discriminator_loss_weights(self) -> dict[str, float]:
@@ -190,7 +195,7 @@ def training_step(state: TrainState, micro_batches: list[Tensor]) -> StepOutput:
     for number, pixels in enumerate(micro_batches):
         random_states.append((torch.get_rng_state(), *get_device_states(pixels)))
         with _no_sync_unless(accelerator, number == count - 1, state.discriminator):
-            output = generate(state, pixels)
+            output = generate(state, pixels, number)
             passes.append(image_gradients(state, output.sample, pixels, number, count))
 
     # 2. λ balances the two gradients at the decoder's last layer.
@@ -205,15 +210,18 @@ def training_step(state: TrainState, micro_batches: list[Tensor]) -> StepOutput:
         with _no_sync_unless(accelerator, number == count - 1, model):
             if count > 1:
                 with _random_state(random_states[number]):  # a quantizer's noise has to be the same both times
-                    output = generate(state, pixels)
+                    output = generate(state, pixels, number)
+            terms = latent_losses(state, output, pixels)
+            loss = weighted_sum(terms, state.latent_loss_weights())
             gradient = images.reconstruction
             if images.adversarial is not None:
-                gradient = gradient + balance * adversarial_factor * images.adversarial
-            loss = (output.sample * gradient).sum() + weighted_sum(output.losses, state.quantizer_loss_weights())
-            accelerator.backward(loss / count)
+                adversarial = balance * adversarial_factor * images.adversarial
+                gradient = gradient + adversarial
+                loss = loss + withhold(state, output, adversarial)
+            accelerator.backward((loss + (output.sample * gradient).sum()) / count)
         latents.append(output.latents.detach())
         indices.append(output.indices)
-        figures.append(images.terms | output.losses | images.watched)
+        figures.append(images.terms | terms | images.watched)
 
     # 4. Both optimizers, unless something is not finite.
     means = mean_over_batch(accelerator, figures)
@@ -230,8 +238,61 @@ def training_step(state: TrainState, micro_batches: list[Tensor]) -> StepOutput:
     return StepOutput(means, watched, torch.cat(indices), torch.cat(latents), applied, **norms, nonfinite=nonfinite)
 
 
-def generate(state: TrainState, pixels: Tensor) -> VQGANOutput:
-    return state.model(pixels, force_not_quantize=not state.quantizing)
+def generate(state: TrainState, pixels: Tensor, number: int, model: nn.Module | None = None) -> VQGANOutput:
+    """The model's pass over micro-batch `number`, with latents transformed and noised if the run does so."""
+    model = state.model if model is None else model
+    config, transform = state.config, spatial_transform(state, pixels)
+
+    def change(latents: Tensor) -> Tensor:
+        if transform is not None:
+            latents = transform(latents)
+        if config.latent_noise_std:
+            first = (number * state.accelerator.num_processes + state.accelerator.process_index) * len(pixels)
+            places = range(first, first + len(pixels))
+            latents = add_noise(latents, config.latent_noise_std, [f"{config.seed} {state.step} {i}" for i in places])
+        return latents
+
+    changed = transform is not None or config.latent_noise_std
+    return model(pixels, force_not_quantize=not state.quantizing, latent_transform=change if changed else None)
+
+
+def spatial_transform(state: TrainState, pixels: Tensor) -> SpatialTransform | None:
+    """This step's transform of latents and target, a function of (seed, step); images stay large enough for LPIPS."""
+    config, factor = state.config, state.vqgan.config.downsample_factor
+    if not config.equivariance_share:
+        return None
+    pixels_needed = max(16, state.perceptual.min_side if state.perceptual is not None else 0)
+    rng = random.Random(f"{config.seed} {state.step}")
+    sides = pixels.shape[2] // factor
+    return draw_transform(
+        config.equivariance_transforms, config.equivariance_share, sides, -(-pixels_needed // factor), rng
+    )
+
+
+def target_of(state: TrainState, pixels: Tensor) -> Tensor:
+    """What the reconstruction should be: the images, transformed as the latents are."""
+    transform = spatial_transform(state, pixels)
+    return pixels if transform is None else transform(pixels).clamp(-1, 1)
+
+
+def latent_losses(state: TrainState, output: VQGANOutput, pixels: Tensor) -> dict[str, Tensor]:
+    """The losses that reach the encoder without the decoder, unweighted: the quantizer's, and alignment."""
+    if state.alignment is None:
+        return output.losses
+    return output.losses | {"alignment": state.alignment(output.latents, target_of(state, pixels))}
+
+
+def withhold(state: TrainState, output: VQGANOutput, adversarial: Tensor) -> Tensor:
+    """
+    A term that takes (1 - s) of the adversarial gradient back at z, s being `adversarial_gradient_at_z`: the decoder
+    learns from all of it, encoder and z from the share s. Its gradient at z is (s - 1) (∂x̂/∂z)ᵀ `adversarial`.
+    """
+    share = state.config.adversarial_gradient_at_z
+    if share == 1:
+        return torch.zeros((), device=adversarial.device)
+    scale = state.accelerator.scaler.get_scale() if state.accelerator.scaler is not None else 1.0
+    (at_z,) = torch.autograd.grad(output.sample, output.latents, adversarial * scale, retain_graph=True)
+    return (output.latents * at_z).sum() * ((share - 1) / scale)
 
 
 def image_gradients(state: TrainState, sample: Tensor, pixels: Tensor, number: int, count: int) -> ImageGradients:
@@ -242,7 +303,7 @@ def image_gradients(state: TrainState, sample: Tensor, pixels: Tensor, number: i
     whose gradient (over `count`) is left in its parameters.
     """
     config, accelerator = state.config, state.accelerator
-    x_hat = sample.detach().requires_grad_()
+    x_hat, pixels = sample.detach().requires_grad_(), target_of(state, pixels)
     # Under fp16 every backward pass is scaled: gradients of means over pixels would vanish in it.
     scale = accelerator.scaler.get_scale() if accelerator.scaler is not None else 1.0
     with accelerator.autocast():

@@ -161,7 +161,7 @@ def test_entropy_weight_is_annealed(random_trunk):
     state.model.config.entropy_weight = 0.5
     found = {}
     for state.step in (9, 10, 12, 14, 99):
-        found[state.step] = state.quantizer_loss_weights()["entropy"]
+        found[state.step] = state.latent_loss_weights()["entropy"]
     assert found == {9: 0, 10: 1.5, 12: 1.0, 14: 0.5, 99: 0.5}
 
 
