@@ -126,33 +126,31 @@ def load_splits(
     streaming: bool = False,
 ) -> datasets.DatasetDict | datasets.IterableDatasetDict:
     """All splits of a dataset, with all their columns; for the arguments see `load_image_datasets`."""
+    load = _open_streams if streaming else datasets.load_dataset
     if dataset_name.startswith(PACKAGE_PREFIX):
         folder = find_image_folder(dataset_name)
         patterns = data_files or {"train": ["**"]}
         data_files = {split: [f"{folder}/{pattern}" for pattern in files] for split, files in patterns.items()}
-        return datasets.load_dataset(
-            "imagefolder", data_files=data_files, cache_dir=cache_dir, drop_labels=True, streaming=streaming
-        )
+        return load("imagefolder", data_files=data_files, cache_dir=cache_dir, drop_labels=True)
     builder = FILE_BUILDERS.get(Path(dataset_name).suffix)
     if builder is not None and not Path(dataset_name).is_dir():
         if data_files:
             raise ValueError(f"dataset {dataset_name!r} names files: it takes no train_files or validation_files.")
-        return datasets.load_dataset(
-            builder, data_files={"train": dataset_name}, cache_dir=cache_dir, streaming=streaming
-        )
+        return load(builder, data_files={"train": dataset_name}, cache_dir=cache_dir)
     try:
-        return datasets.load_dataset(
-            dataset_name,
-            dataset_config_name,
-            data_files=data_files,
-            cache_dir=cache_dir,
-            revision=revision,
-            streaming=streaming,
-        )
+        return load(dataset_name, dataset_config_name, data_files=data_files, cache_dir=cache_dir, revision=revision)
     except ValueError as error:
         if "corresponds to no data" not in str(error):
             raise
         raise ValueError(f"dataset {dataset_name!r} has an empty split: {error}") from error
+
+
+def _open_streams(*args, **kwargs) -> datasets.IterableDatasetDict:
+    """`load_dataset(..., streaming=True)`, but image files of the Hub are left undecoded like all others."""
+    builder = datasets.load_dataset_builder(*args, **kwargs)
+    if hasattr(builder.config, "decode_num_threads"):
+        builder.config.decode_num_threads = 0
+    return builder.as_streaming_dataset()
 
 
 def find_validation_split(

@@ -3,12 +3,15 @@ import threading
 
 import pytest
 import torch
-from conftest import image_bytes, photo, write_tar
+from conftest import TINY, image_bytes, photo, write_tar
 from PIL import Image
 from test_data import as_dataset
+from test_training import run_config, stop_after
 
+from hf_vqgan import VQGANConfig, VQGANModel
 from hf_vqgan.data import ImageTransform, UnreadableImage, load_batches
 from hf_vqgan.streaming_data import ShuffledShards, StreamedImages, load_image_stream, read_ahead
+from hf_vqgan.training import train
 
 PLAIN = ImageTransform(16, random_flip=False)
 
@@ -183,3 +186,22 @@ def test_read_ahead_passes_errors_on_and_ends_with_its_reader():
         if thread.name.startswith("read_ahead"):
             thread.join(timeout=5)
             assert not thread.is_alive()
+
+
+def test_resumed_run_on_mixed_streams_ends_in_the_same_weights(image_folder, random_trunk, tmp_path, capsys):
+    write_tar(tmp_path / "more.tar", [image_bytes(photo(200 + n)) for n in range(5)])
+    settings = dict(streaming=True, shuffle_buffer_size=5, extra_datasets=[str(tmp_path / "more.tar")],
+                    dataset_weights=[3, 1], max_train_steps=5, checkpointing_steps=2, quantize_start=0,
+                    validation_steps=5, perceptual_weight=0.0, adversarial_weight=0.0)  # fmt: skip
+    config = run_config(image_folder, random_trunk, tmp_path / "whole", **settings)
+    train(config, VQGANConfig(**TINY))
+    assert "a stream of 1 + 1 shard(s) of training images, mixed 3 : 1, 2 for validation" in capsys.readouterr().out
+    config = run_config(image_folder, random_trunk, tmp_path / "stopped", **settings)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("hf_vqgan.training.count_bad_images", stop_after(3))
+        with pytest.raises(KeyboardInterrupt):
+            train(config, VQGANConfig(**TINY))
+    train(config, VQGANConfig(**TINY))
+    assert "at step 2" in capsys.readouterr().out
+    whole, resumed = (VQGANModel.from_pretrained(tmp_path / name).state_dict() for name in ("whole", "stopped"))
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
