@@ -7,6 +7,7 @@ import itertools
 import logging
 import os
 import random
+import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -502,9 +503,16 @@ def load_batches(
         batch_sampler=dataset.batch_keys(batch_size, start, stop, rank, world_size),
         num_workers=num_workers,
         pin_memory=pin_memory,
+        worker_init_fn=_outlive_notices,
         generator=torch.Generator(),  # the loader draws a number: not from the run's generator, which is checkpointed
     )
     return iter(loader)
+
+
+def _outlive_notices(worker: int) -> None:
+    """A cluster's notice goes to all processes of a job: training still needs its workers until it has saved."""
+    for notice in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(notice, signal.SIG_IGN)
 
 
 def default_num_workers() -> int:

@@ -1,4 +1,7 @@
 import itertools
+import multiprocessing
+import os
+import signal
 import time
 
 import numpy as np
@@ -164,6 +167,15 @@ def test_the_loader_leaves_the_global_generator_alone():
     before = torch.get_rng_state()
     next(load_batches(dataset, 1))
     assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("notice", [signal.SIGTERM, signal.SIGUSR1])
+def test_workers_outlive_the_notice_that_a_job_will_end(notice):
+    batches = load_batches(TrainingImages(as_dataset([photo(0)]), ImageTransform(16)), 1, stop=20, num_workers=1)
+    next(batches)
+    for worker in multiprocessing.active_children():
+        os.kill(worker.pid, notice)
+    assert len(list(batches)) == 19
 
 
 def test_a_mixture_has_the_shares_it_is_told_and_starts_anywhere():
