@@ -15,8 +15,8 @@ from .configuration_training import VQGANTrainingConfig
 from .configuration_vqgan import VQGANConfig, model_fields
 
 # What names a dataset or says where things are in it. Overriding a recipe's dataset discards the recipe's description.
-DATASET_FIELDS = ("dataset_name", "dataset_config_name", "dataset_revision", "train_split", "validation_split",
-                  "train_files", "validation_files", "image_column")  # fmt: skip
+DATASET_FIELDS = ("dataset_name", "dataset_config_name", "dataset_revision", "extra_datasets", "dataset_weights",
+                  "train_split", "validation_split", "train_files", "validation_files", "image_column")  # fmt: skip
 
 
 def _model_descriptions() -> dict[str, str]:

@@ -44,14 +44,23 @@ class VQGANTrainingConfig:
     dataset_name: str = option("", "Hub dataset, local path that load_dataset reads, or package:NAME/FOLDER.")
     dataset_config_name: str | None = option(None, "Configuration of the dataset.")
     dataset_revision: str | None = option(None, "Branch, tag or commit of a Hub dataset.")
+    extra_datasets: list[str] = option([], "More datasets to train on, named as dataset_name is.")
+    dataset_weights: list[float] = option(
+        [], "Share of the samples from dataset_name and from each of extra_datasets. Default: every image once."
+    )
     train_split: str = option("train", "Split to train on.")
     validation_split: str | None = option(None, "Default: `validation`, else `test`, else images held out of train.")
     train_files: list[str] = option([], "Patterns of the training files inside the dataset. Default: all.")
     validation_files: list[str] = option([], "Patterns of the validation files inside the dataset.")
     image_column: str | None = option(None, "Column with the images. Default: the only image column.")
-    max_train_samples: int | None = option(None, "Use only the first so many training images.")
+    max_train_samples: int | None = option(None, "Use only the first so many training images of each dataset.")
     max_validation_samples: int | None = option(64, "Use only the first so many validation images.")
     cache_dir: str | None = option(None, "Where `datasets` keeps what it downloads.")
+    streaming: bool = option(False, "Read the training images as a stream, without downloading or indexing them first.")
+    shuffle_buffer_size: int = option(1000, "Images of each stream among which the next one is drawn.")
+    shard_groups: int = option(
+        1, "Deal a stream's shards out to so many groups, so that processes read only their own."
+    )
     output_dir: str = option("runs/vqgan", "Folder of the run: model, pictures, metrics and checkpoints.")
     overwrite_output_dir: bool = option(False, "Delete the run that is in output_dir, if there is one.")
     resume_from_checkpoint: str | None = option(
@@ -71,7 +80,9 @@ class VQGANTrainingConfig:
     crops_per_image: int = option(1, "Crops that one image yields per epoch.")
     validate_whole_images: bool = option(False, "Validate on whole images instead of their central square.")
     max_unreadable_share: float = option(0.2, "Stop when a larger share of the training images cannot be decoded.")
-    dataloader_num_workers: int = option(0, "Processes that decode images, per training process.")
+    dataloader_num_workers: int | None = option(
+        None, "Processes that decode images, per training process. Default: its share of the cores but one, at most 8."
+    )
 
     # The three losses (losses.py) and their weights
     l1_weight: float = option(1.0, "Weight of |x̂ - x|: counts pixels.")
@@ -188,6 +199,8 @@ class VQGANTrainingConfig:
                 "disc_layers",
                 "r1_interval",
                 "max_nonfinite_steps",
+                "shuffle_buffer_size",
+                "shard_groups",
             ),
             not_negative=(
                 "l1_weight",
@@ -201,7 +214,6 @@ class VQGANTrainingConfig:
                 "dead_code_restart_steps",
                 "lr_warmup_steps",
                 "max_grad_norm",
-                "dataloader_num_workers",
                 "latent_statistics_images",
                 "lecam_weight",
                 "r1_weight",
@@ -229,5 +241,24 @@ class VQGANTrainingConfig:
             raise ValueError("l1_weight, l2_weight and perceptual_weight are all 0: nothing says what to reconstruct.")
         if self.max_train_steps is not None and self.max_train_steps < 1:
             raise ValueError(f"max_train_steps={self.max_train_steps} must be at least 1.")
+        self._check_data()
+
+    def _check_data(self):
         if not self.dataset_name:
             raise ValueError("dataset_name is empty: name a Hub dataset, a local folder, or package:NAME/FOLDER.")
+        if self.dataset_weights and len(self.dataset_weights) != 1 + len(self.extra_datasets):
+            raise ValueError(
+                f"dataset_weights={self.dataset_weights} has {len(self.dataset_weights)} weights for "
+                f"{1 + len(self.extra_datasets)} dataset(s), which are dataset_name and extra_datasets="
+                f"{self.extra_datasets}: give one weight for each."
+            )
+        if self.dataloader_num_workers is not None and self.dataloader_num_workers < 0:
+            raise ValueError(f"dataloader_num_workers={self.dataloader_num_workers} must not be negative.")
+        if self.streaming and self.max_train_steps is None:
+            raise ValueError("streaming needs max_train_steps: how many images a stream has is not known before.")
+        if self.streaming and self.crops_per_image > 1:
+            raise ValueError(
+                f"crops_per_image={self.crops_per_image} needs streaming=False: a stream gives each image once a pass."
+            )
+        if self.shard_groups > 1 and not self.streaming:
+            raise ValueError(f"shard_groups={self.shard_groups} needs streaming=True.")

@@ -1,10 +1,15 @@
 """From a dataset on the Hub or on disk to batches of pixel_values in [-1, 1]."""
 
+import bisect
 import importlib.util
 import io
+import itertools
 import logging
+import os
 import random
-from collections.abc import Iterator
+import signal
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +17,7 @@ import datasets
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Sampler
+from torch.utils.data import DataLoader, Sampler
 from torchvision.transforms import v2
 
 from .image_processing_vqgan import crop_to_multiple, to_rgb
@@ -20,6 +25,9 @@ from .image_processing_vqgan import crop_to_multiple, to_rgb
 logger = logging.getLogger(__name__)
 
 PACKAGE_PREFIX = "package:"
+
+# Patterns of files that `datasets` reads with a builder of this name.
+FILE_BUILDERS = {".tar": "webdataset", ".parquet": "parquet"}
 
 
 def find_image_folder(name: str) -> str:
@@ -62,8 +70,9 @@ def load_image_datasets(
     The train and validation images, as datasets with one column `image` of undecoded files.
 
     Args:
-        dataset_name (`str`): A Hub id; a local path that `datasets.load_dataset` reads (parquet, imagefolder, ...); or
-            `package:NAME/FOLDER`, images inside an installed Python package.
+        dataset_name (`str`): A Hub id; a local path that `datasets.load_dataset` reads (parquet, imagefolder, a folder
+            of webdataset tars, ...); a pattern of parquet or tar files (`shards/*.tar`); or `package:NAME/FOLDER`,
+            images inside an installed Python package.
         validation_split (`str`, *optional*): `None` takes `validation`, else `test`, else holds out `validation_size`
             images (at most a tenth) of the train split at random.
         train_files, validation_files (`list[str]`, *optional*): Patterns of files inside the dataset, per split.
@@ -72,20 +81,12 @@ def load_image_datasets(
     Raises:
         FileNotFoundError, ValueError: for a dataset that is not there, has no such split or column, or an empty split.
     """
-    data_files = {"train": train_files, "validation": validation_files} if train_files else None
-    if data_files and not validation_files:
-        del data_files["validation"]
+    data_files = files_by_split(train_files, validation_files)
     splits = load_splits(dataset_name, dataset_config_name, data_files, cache_dir, revision)
-    if validation_split is None:
-        validation_split = next((name for name in ("validation", "test") if name in splits), None)
-    for name in filter(None, (train_split, validation_split)):
-        if name not in splits:
-            raise ValueError(f"dataset {dataset_name!r} has no split {name!r}; it has {', '.join(splits)}.")
-        if len(splits[name]) == 0:
-            raise ValueError(f"dataset {dataset_name!r}: split {name!r} is empty.")
-    train = _image_column(splits[train_split], dataset_name, image_column)
+    validation_split = find_validation_split(splits, dataset_name, train_split, validation_split)
+    train = only_image_column(splits[train_split], dataset_name, image_column)
     if validation_split is not None:
-        validation = _image_column(splits[validation_split], dataset_name, image_column)
+        validation = only_image_column(splits[validation_split], dataset_name, image_column)
     else:
         held_out = min(validation_size, max(1, len(train) // 10))
         if len(train) <= held_out:
@@ -95,27 +96,76 @@ def load_image_datasets(
     return _first(train, max_train_samples), _first(validation, max_validation_samples)
 
 
+def load_train_images(
+    dataset_name: str,
+    *,
+    train_split: str = "train",
+    image_column: str | None = None,
+    max_train_samples: int | None = None,
+    cache_dir: str | None = None,
+) -> datasets.Dataset:
+    """All training images of one more dataset, of which none are held out; see `load_image_datasets`."""
+    splits = load_splits(dataset_name, cache_dir=cache_dir)
+    find_validation_split(splits, dataset_name, train_split, train_split)
+    return _first(only_image_column(splits[train_split], dataset_name, image_column), max_train_samples)
+
+
+def files_by_split(train_files: list[str] | None, validation_files: list[str] | None) -> dict[str, list[str]] | None:
+    """`data_files` for `load_splits`; `None` if no files are named."""
+    if validation_files and not train_files:
+        raise ValueError(f"validation_files={validation_files} needs train_files too: name the training files.")
+    files = {"train": train_files, "validation": validation_files}
+    return {split: patterns for split, patterns in files.items() if patterns} or None
+
+
 def load_splits(
     dataset_name: str,
     dataset_config_name: str | None = None,
     data_files: dict[str, list[str]] | None = None,
     cache_dir: str | None = None,
     revision: str | None = None,
-) -> datasets.DatasetDict:
+    streaming: bool = False,
+) -> datasets.DatasetDict | datasets.IterableDatasetDict:
     """All splits of a dataset, with all their columns; for the arguments see `load_image_datasets`."""
+    load = _open_streams if streaming else datasets.load_dataset
     if dataset_name.startswith(PACKAGE_PREFIX):
         folder = find_image_folder(dataset_name)
         patterns = data_files or {"train": ["**"]}
         data_files = {split: [f"{folder}/{pattern}" for pattern in files] for split, files in patterns.items()}
-        return datasets.load_dataset("imagefolder", data_files=data_files, cache_dir=cache_dir, drop_labels=True)
+        return load("imagefolder", data_files=data_files, cache_dir=cache_dir, drop_labels=True)
+    builder = FILE_BUILDERS.get(Path(dataset_name).suffix)
+    if builder is not None and not Path(dataset_name).is_dir():
+        if data_files:
+            raise ValueError(f"dataset {dataset_name!r} names files: it takes no train_files or validation_files.")
+        return load(builder, data_files={"train": dataset_name}, cache_dir=cache_dir)
     try:
-        return datasets.load_dataset(
-            dataset_name, dataset_config_name, data_files=data_files, cache_dir=cache_dir, revision=revision
-        )
+        return load(dataset_name, dataset_config_name, data_files=data_files, cache_dir=cache_dir, revision=revision)
     except ValueError as error:
         if "corresponds to no data" not in str(error):
             raise
         raise ValueError(f"dataset {dataset_name!r} has an empty split: {error}") from error
+
+
+def _open_streams(*args, **kwargs) -> datasets.IterableDatasetDict:
+    """`load_dataset(..., streaming=True)`, but image files of the Hub are left undecoded like all others."""
+    builder = datasets.load_dataset_builder(*args, **kwargs)
+    if hasattr(builder.config, "decode_num_threads"):
+        builder.config.decode_num_threads = 0
+    return builder.as_streaming_dataset()
+
+
+def find_validation_split(
+    splits: dict, dataset_name: str, train_split: str, validation_split: str | None
+) -> str | None:
+    """`validation_split`, or which split serves by default, if any. Raises ValueError for splits not there or empty."""
+    if validation_split is None:
+        validation_split = next((name for name in ("validation", "test") if name in splits), None)
+    for name in filter(None, (train_split, validation_split)):
+        if name not in splits:
+            raise ValueError(f"dataset {dataset_name!r} has no split {name!r}; it has {', '.join(splits)}.")
+        if isinstance(splits[name], datasets.Dataset) and len(splits[name]) == 0:
+            raise ValueError(f"dataset {dataset_name!r}: split {name!r} is empty.")
+    return validation_split
 
 
 def _first(dataset: datasets.Dataset, count: int | None) -> datasets.Dataset:
@@ -124,6 +174,8 @@ def _first(dataset: datasets.Dataset, count: int | None) -> datasets.Dataset:
 
 def find_image_column(dataset: datasets.Dataset, dataset_name: str, image_column: str | None) -> str:
     """`image_column`, or the only image column if it is `None`. Raises ValueError if there is no such column."""
+    if dataset.features is None:  # a stream may have to be looked into
+        dataset = dataset._resolve_features()
     columns = [name for name, feature in dataset.features.items() if isinstance(feature, datasets.Image)]
     if image_column is None and len(columns) != 1:
         raise ValueError(
@@ -140,7 +192,10 @@ def find_image_column(dataset: datasets.Dataset, dataset_name: str, image_column
     return image_column
 
 
-def _image_column(dataset: datasets.Dataset, dataset_name: str, image_column: str | None) -> datasets.Dataset:
+def only_image_column(
+    dataset: datasets.Dataset | datasets.IterableDataset, dataset_name: str, image_column: str | None
+) -> datasets.Dataset | datasets.IterableDataset:
+    """The dataset with its image column alone, called `image`, as undecoded files `{"bytes", "path"}`."""
     image_column = find_image_column(dataset, dataset_name, image_column)
     # Undecoded: a broken image is then ours to skip and count, instead of an exception inside the data loader.
     dataset = dataset.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
@@ -218,11 +273,12 @@ class TrainingImages(torch.utils.data.Dataset):
     """
     Map-style training set in which everything random about sample number n is a function of (seed, n).
 
-    Sample numbers count on across epochs (`EpochSampler`): n // len(self) is the epoch, n % len(self) the item, so
+    Sample numbers count on across epochs (`shuffled_epochs`): n // len(self) is the epoch, n % len(self) the item, so
     neither the number of processes and workers nor an interruption changes what is seen.
 
-    Items are `{"pixel_values", "unreadable", "upscaled"}`. An unreadable image is replaced by the next readable one
-    and counted; so is an image smaller than the crop, which is enlarged.
+    Items are `{"pixel_values", "unreadable", "upscaled"}`. In an unreadable image's place comes the next readable one,
+    and `unreadable` is 1: over an epoch, it adds up to the unreadable images (times `crops_per_image`). An image
+    smaller than the crop is enlarged, and `upscaled` is 1.
 
     Args:
         crops_per_image (`int`): Items per image and epoch: small sets of large images are worth several crops.
@@ -245,18 +301,29 @@ class TrainingImages(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.images) * self.crops_per_image
 
+    def describe(self) -> str:
+        return f"{len(self.images):,} training images"
+
+    def keys(self, start: int) -> Iterator[int]:
+        """What to look up for the samples from the `start`-th on, without end."""
+        return shuffled_epochs(len(self), self.seed, start)
+
+    def batch_keys(
+        self, batch_size: int, start: int = 0, stop: int | None = None, rank: int = 0, world_size: int = 1
+    ) -> Iterator[list[int]]:
+        """Keys of the batches that `load_batches` describes."""
+        return take_batches(self.keys(start * batch_size), batch_size, start, stop, rank, world_size)
+
     def __getitem__(self, number: int) -> dict[str, Tensor | int]:
         first = number % len(self) // self.crops_per_image
         for skipped in range(len(self.images)):
             try:
                 pixels, upscaled = self._scaled((first + skipped) % len(self.images))
             except UnreadableImage as error:
-                if str(error) not in self.reported:  # once, not once an epoch
-                    self.reported.add(str(error))
-                    logger.warning("skipped an unreadable image: %s", error)
+                report_once(error, self.reported)
                 continue
             crop = self.transform.crop(pixels, random.Random(f"{self.seed} {number}"))
-            return {"pixel_values": crop, "unreadable": skipped, "upscaled": int(upscaled)}
+            return {"pixel_values": crop, "unreadable": int(skipped > 0), "upscaled": int(upscaled)}
         raise UnreadableImage(f"not one of the {len(self.images)} training images can be read.")
 
     def _scaled(self, item: int) -> tuple[Tensor, bool]:
@@ -271,12 +338,124 @@ class TrainingImages(torch.utils.data.Dataset):
         return scaled
 
 
+def report_once(error: UnreadableImage, reported: set[str]) -> None:
+    """Warn of an image the first time, not once an epoch."""
+    if str(error) not in reported:
+        reported.add(str(error))
+        logger.warning("skipped an unreadable image: %s", error)
+
+
+class Mixture:
+    """
+    In which order samples come from several sources, by weight: a function of (seed, sample number).
+
+    Every block of `block_size` samples holds each source's share of them exactly, in an order of the block's own. So
+    how many samples of each source come before sample n is known without counting up to n.
+
+    Raises:
+        ValueError: for weights that are not positive, or too small for one sample per block.
+    """
+
+    def __init__(self, weights: Sequence[float], seed: int = 0, block_size: int = 1000):
+        if not all(0 < weight < float("inf") for weight in weights):
+            raise ValueError(f"dataset_weights={list(weights)} must all be positive.")
+        edges = [round(block_size * part / sum(weights)) for part in itertools.accumulate(weights)]
+        self.quotas = [edge - before for before, edge in zip([0, *edges], edges, strict=False)]
+        if 0 in self.quotas:
+            raise ValueError(f"dataset_weights={list(weights)}: none may be below 1/{block_size} of their sum.")
+        self.edges, self.seed, self.block_size = edges, seed, block_size
+
+    def draw(self, start: int, open_source: Callable[[int, int], Iterator]) -> Iterator[tuple]:
+        """
+        `(source, its next item)` for the samples from the `start`-th on.
+
+        Args:
+            open_source (`Callable[[int, int], Iterator]`): Gives the items of a source from a given one on.
+        """
+        block, offset = divmod(start, self.block_size)
+        before = self._plan(block)[:offset]
+        items = [open_source(source, block * quota + before.count(source)) for source, quota in enumerate(self.quotas)]
+        for number in itertools.count(block):
+            for source in self._plan(number)[offset if number == block else 0 :]:
+                yield source, next(items[source])
+
+    def _plan(self, block: int) -> list[int]:
+        slots = random.Random(f"mixture {self.seed} {block}").sample(range(self.block_size), self.block_size)
+        return [bisect.bisect(self.edges, slot) for slot in slots]
+
+
+class MixedImages(torch.utils.data.Dataset):
+    """
+    Several `TrainingImages`, each with its weight: the share of samples it gives, whatever its size.
+
+    An epoch is as many samples as all have together, of which a small set with a large weight gives some repeatedly.
+    Keys are (source, sample number in it).
+    """
+
+    def __init__(self, sources: list[TrainingImages], weights: list[float], seed: int = 0):
+        self.sources, self.weights, self.mixture = sources, weights, Mixture(weights, seed)
+
+    def __len__(self) -> int:
+        return sum(len(source) for source in self.sources)
+
+    def describe(self) -> str:
+        parts = zip(self.weights, self.sources, strict=True)
+        return "mixed " + " + ".join(f"{weight:g} x {len(source.images):,}" for weight, source in parts) + " images"
+
+    def batch_keys(
+        self, batch_size: int, start: int = 0, stop: int | None = None, rank: int = 0, world_size: int = 1
+    ) -> Iterator[list[tuple[int, int]]]:
+        """Keys of the batches that `load_batches` describes."""
+        keys = self.mixture.draw(start * batch_size, lambda source, number: self.sources[source].keys(number))
+        return take_batches(keys, batch_size, start, stop, rank, world_size)
+
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, Tensor | int]:
+        source, number = key
+        return self.sources[source][number]
+
+
+def map_style_images(
+    sources: list[datasets.Dataset],
+    transform: ImageTransform,
+    seed: int = 0,
+    crops_per_image: int = 1,
+    weights: list[float] | None = None,
+) -> TrainingImages | MixedImages:
+    """One training set of several: mixed by weight, or with `weights=None` all together, every image once an epoch."""
+    if weights is None:
+        return TrainingImages(datasets.concatenate_datasets(sources), transform, seed, crops_per_image)
+    images = [TrainingImages(source, transform, seed + n, crops_per_image) for n, source in enumerate(sources)]
+    return MixedImages(images, weights, seed)
+
+
+def shuffled_epochs(num_samples: int, seed: int, start: int = 0) -> Iterator[int]:
+    """
+    Sample numbers from the `start`-th on, epoch after epoch without a seam: `epoch * num_samples + item`.
+
+    Every epoch is a permutation of its own, a function of (seed, epoch). Starting late costs nothing and gives what an
+    uninterrupted run would have seen.
+    """
+    while True:
+        epoch, offset = divmod(start, num_samples)
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+        for item in torch.randperm(num_samples, generator=generator)[offset:].tolist():
+            yield epoch * num_samples + item
+        start = (epoch + 1) * num_samples
+
+
+def take_batches(
+    keys: Iterator, batch_size: int, start: int, stop: int | None, rank: int = 0, world_size: int = 1
+) -> Iterator[list]:
+    """Cut `keys`, which begin with batch number `start`, into batches; of these, every `world_size`-th is `rank`'s."""
+    for number in itertools.count(start) if stop is None else range(start, stop):
+        batch = list(itertools.islice(keys, batch_size))
+        if number % world_size == rank:
+            yield batch
+
+
 class EpochBatchSampler(Sampler[list[int]]):
     """
-    Batches of sample numbers, epoch after epoch without a seam, for a given number of batches.
-
-    Every epoch is a permutation of its own, a function of (seed, epoch). Starting at a later batch costs nothing and
-    gives what an uninterrupted run would have seen.
+    The batches of `shuffled_epochs`, for a given number of batches.
 
     Args:
         num_samples (`int`): Samples per epoch.
@@ -293,17 +472,83 @@ class EpochBatchSampler(Sampler[list[int]]):
         return self.num_batches
 
     def __iter__(self) -> Iterator[list[int]]:
-        numbers = self._numbers(self.start * self.batch_size)
-        for _ in range(self.num_batches):
-            yield [next(numbers) for _ in range(self.batch_size)]
+        keys = shuffled_epochs(self.num_samples, self.seed, self.start * self.batch_size)
+        return take_batches(keys, self.batch_size, self.start, self.start + self.num_batches)
 
-    def _numbers(self, position: int) -> Iterator[int]:
-        while True:
-            epoch, offset = divmod(position, self.num_samples)
-            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-            for item in torch.randperm(self.num_samples, generator=generator)[offset:].tolist():
-                yield epoch * self.num_samples + item
-            position = (epoch + 1) * self.num_samples
+
+def load_batches(
+    dataset,
+    batch_size: int,
+    start: int = 0,
+    stop: int | None = None,
+    rank: int = 0,
+    world_size: int = 1,
+    num_workers: int = 0,
+    pin_memory: bool = False,
+) -> Iterator[dict[str, Tensor]]:
+    """
+    One process's batches of a training set, on the CPU: `pixel_values` `(B, 3, H, W)`, `unreadable` `(B,)`, `upscaled`.
+
+    Batch number b holds the samples b * batch_size to (b + 1) * batch_size - 1 of one sequence, the same for any
+    number of processes; process `rank` loads the batches with b % world_size == rank. So n processes with batches of B
+    see together, step by step, what one sees with batches of n * B, or with n batches of B.
+
+    Args:
+        dataset ([`TrainingImages`], [`MixedImages`] or [`StreamedImages`]): The training set.
+        start, stop (`int`): Batch numbers, of all processes together, at which to start and before which to stop.
+        num_workers (`int`): Processes that decode. They change nothing about the batches.
+    """
+    loader = DataLoader(
+        dataset,
+        batch_sampler=dataset.batch_keys(batch_size, start, stop, rank, world_size),
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        worker_init_fn=_outlive_notices,
+        generator=torch.Generator(),  # the loader draws a number: not from the run's generator, which is checkpointed
+    )
+    return iter(loader)
+
+
+def _outlive_notices(worker: int) -> None:
+    """A cluster's notice goes to all processes of a job: training still needs its workers until it has saved."""
+    for notice in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(notice, signal.SIG_IGN)
+
+
+def default_num_workers() -> int:
+    """Every core of this process's share but one, at most 8."""
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return max(0, min(8, len(os.sched_getaffinity(0)) // processes - 1))
+
+
+class WaitClock:
+    """
+    An iterator over `items` that knows which share of the time went into waiting for them.
+
+        batches = WaitClock(batches)
+        ...  # a few steps, each with next(batches)
+        share = batches.share()  # since the last call
+    """
+
+    def __init__(self, items: Iterable):
+        self.items = iter(items)
+        self.waited, self.since = 0.0, time.perf_counter()
+
+    def __iter__(self) -> Iterator:
+        return self
+
+    def __next__(self):
+        started = time.perf_counter()
+        item = next(self.items)
+        self.waited += time.perf_counter() - started
+        return item
+
+    def share(self) -> float:
+        """The share of the time since the last call (or the start) that was spent waiting, in [0, 1]. Starts anew."""
+        now = time.perf_counter()
+        share = self.waited / (now - self.since)
+        self.waited, self.since = 0.0, now
+        return share
 
 
 class ValidationImages(torch.utils.data.Dataset):

@@ -13,16 +13,26 @@ from collections.abc import Iterator
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType
-from accelerate.utils import set_seed
+from accelerate.utils import send_to_device, set_seed
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from .configuration_training import VQGANTrainingConfig
 from .configuration_vqgan import VQGANConfig
-from .data import EpochBatchSampler, ImageTransform, TrainingImages, ValidationImages, load_image_datasets
+from .data import (
+    ImageTransform,
+    MixedImages,
+    TrainingImages,
+    ValidationImages,
+    WaitClock,
+    default_num_workers,
+    load_batches,
+    load_image_datasets,
+    load_train_images,
+    map_style_images,
+)
 from .discriminators import DINODiscriminator, PatchDiscriminator, StyleGANDiscriminator
 from .gradient_flow import measure_gradients
 from .hub import push_run_to_hub
@@ -32,6 +42,7 @@ from .modeling_vqgan import VQGANModel
 from .pictures import draw_codebook, draw_curves, draw_gradients, draw_reconstructions
 from .regularizers import FeatureAlignment
 from .run_folder import RunFolder, public_settings
+from .streaming_data import StreamedImages, load_image_stream
 from .training_step import StepOutput, TrainState, initialize_codebook, training_step, update_codebook
 
 logger = logging.getLogger(__name__)
@@ -157,12 +168,14 @@ def train(config: VQGANTrainingConfig, model_config: VQGANConfig, dry_run: bool 
         config = dataclasses.replace(config, max_train_steps=steps)
     perceptual, metric = load_lpips(config, accelerator)
     state = build_state(config, model_config, accelerator, perceptual)
+    if config.streaming:
+        accelerator.register_for_checkpointing(dataset)
 
     if accelerator.is_main_process:
         print(describe_plan(state, dataset, validation, global_batch))
     if dry_run:
         with torch.no_grad():
-            state.model(dataset[0]["pixel_values"][None].to(accelerator.device))
+            state.model(next(device_batches(state, dataset, 1, 0, accelerator.num_processes))["pixel_values"])
         return {}
 
     run = RunFolder(config, model_config, accelerator)
@@ -230,7 +243,7 @@ def run_steps(
     progress = tqdm(
         total=config.max_train_steps, initial=state.step, desc="train", disable=not accelerator.is_main_process
     )
-    loader = micro_batch_loader(state, dataset)
+    loader = WaitClock(micro_batch_loader(state, dataset))
     started = time.perf_counter() - state.seconds
     while state.step < config.max_train_steps:
         if state.step == config.quantize_start and config.codebook_init == "data" and not config.decoder_only:
@@ -254,10 +267,10 @@ def run_steps(
 
         last = state.step == config.max_train_steps
         if state.step % config.logging_steps == 0 or last:
-            row = log_row(state, output, restarted, global_batch)
+            row = log_row(state, output, restarted, global_batch) | {"data_wait": loader.share()}
             run.log(row)
             watch_health(state)
-            shown = ("l1", "perceptual", "adversarial", "perplexity", "usage", "images_per_second")
+            shown = ("l1", "perceptual", "adversarial", "perplexity", "usage", "images_per_second", "data_wait")
             progress.set_postfix({name: f"{row[name]:.3g}" for name in shown if name in row})
         if last and config.latent_statistics_images:
             with state.averaged_weights():
@@ -297,7 +310,7 @@ def push(state: TrainState, run: RunFolder) -> None:
 
 def load_images(
     config: VQGANTrainingConfig, model_config: VQGANConfig, accelerator: Accelerator
-) -> tuple[TrainingImages, ValidationImages]:
+) -> tuple[TrainingImages | MixedImages | StreamedImages, ValidationImages]:
     """The training and validation images that the configuration names, checked against the model's factor."""
     factor = model_config.downsample_factor
     if config.resolution % factor:
@@ -306,25 +319,36 @@ def load_images(
             f"{len(model_config.block_out_channels)} levels in block_out_channels."
         )
     transform = ImageTransform(config.resolution, config.resize, config.center_crop, config.random_flip)
+    of_all = dict(
+        train_split=config.train_split,
+        image_column=config.image_column,
+        max_train_samples=config.max_train_samples,
+        cache_dir=config.cache_dir,
+    )
+    of_first = of_all | dict(
+        dataset_config_name=config.dataset_config_name,
+        validation_split=config.validation_split,
+        train_files=config.train_files,
+        validation_files=config.validation_files,
+        max_validation_samples=config.max_validation_samples,
+        revision=config.dataset_revision,
+    )
+    weights = config.dataset_weights or None
     with accelerator.main_process_first():  # one process fills the dataset cache, the others read it
-        train_images, validation_images = load_image_datasets(
-            config.dataset_name,
-            dataset_config_name=config.dataset_config_name,
-            train_split=config.train_split,
-            validation_split=config.validation_split,
-            train_files=config.train_files,
-            validation_files=config.validation_files,
-            image_column=config.image_column,
-            max_train_samples=config.max_train_samples,
-            max_validation_samples=config.max_validation_samples,
-            cache_dir=config.cache_dir,
-            revision=config.dataset_revision,
-            seed=config.seed,
-        )
+        if config.streaming:
+            shards, validation_images = load_image_stream(config.dataset_name, **of_first)
+            more = [load_image_stream(name, **of_all, hold_out=False)[0] for name in config.extra_datasets]
+            training = StreamedImages(
+                [shards, *more], transform, config.seed, weights, config.shuffle_buffer_size, config.shard_groups
+            )
+        else:
+            images, validation_images = load_image_datasets(config.dataset_name, **of_first, seed=config.seed)
+            more = [load_train_images(name, **of_all) for name in config.extra_datasets]
+            training = map_style_images([images, *more], transform, config.seed, config.crops_per_image, weights)
     validation = ValidationImages(validation_images, transform, config.validate_whole_images, factor)
     if not len(validation):
         raise ValueError(f"none of the {len(validation_images)} validation images can be read.")
-    return TrainingImages(train_images, transform, config.seed, config.crops_per_image), validation
+    return training, validation
 
 
 def load_lpips(config: VQGANTrainingConfig, accelerator: Accelerator) -> tuple[LPIPS | None, LPIPS]:
@@ -346,20 +370,31 @@ def load_lpips(config: VQGANTrainingConfig, accelerator: Accelerator) -> tuple[L
     return perceptual, metric
 
 
-def micro_batch_loader(state: TrainState, dataset: TrainingImages) -> Iterator[dict[str, Tensor]]:
+def micro_batch_loader(state: TrainState, dataset) -> Iterator[dict[str, Tensor]]:
     """This process's micro-batches from the current step to the end of the run, on its device."""
-    config, accelerator = state.config, state.accelerator
-    per_step = config.gradient_accumulation_steps * accelerator.num_processes
-    sampler = EpochBatchSampler(
-        len(dataset),
-        config.train_batch_size,
-        num_batches=(config.max_train_steps - state.step) * per_step,
-        seed=config.seed,
-        start=state.step * per_step,
+    config = state.config
+    per_step = config.gradient_accumulation_steps * state.accelerator.num_processes
+    return device_batches(
+        state, dataset, config.train_batch_size, state.step * per_step, config.max_train_steps * per_step
     )
-    loader = DataLoader(dataset, batch_sampler=sampler, num_workers=config.dataloader_num_workers)
-    for batch in accelerator.prepare_data_loader(loader):
-        yield batch | {"pixel_values": batch["pixel_values"].contiguous(memory_format=memory_format(config))}
+
+
+def device_batches(state: TrainState, dataset, batch_size: int, start: int, stop: int) -> Iterator[dict[str, Tensor]]:
+    """This process's share of the batches `start` to `stop` (`load_batches`), on its device."""
+    accelerator, workers = state.accelerator, state.config.dataloader_num_workers
+    batches = load_batches(
+        dataset,
+        batch_size,
+        start,
+        stop,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+        num_workers=default_num_workers() if workers is None else workers,
+        pin_memory=accelerator.device.type == "cuda",
+    )
+    for batch in batches:
+        batch = send_to_device(batch, accelerator.device, non_blocking=True)
+        yield batch | {"pixel_values": batch["pixel_values"].contiguous(memory_format=memory_format(state.config))}
 
 
 def log_row(state: TrainState, output: StepOutput, restarted: int, global_batch: int) -> dict[str, float]:
@@ -511,15 +546,14 @@ def build_optimizer(
     )
 
 
-def measure_scale(state: TrainState, dataset: TrainingImages, batch_size: int = 16) -> None:
+def measure_scale(state: TrainState, dataset, batch_size: int = 16) -> None:
     """Set the model's `scaling_factor` and `shift_factor` to what gives latents of training crops unit variance."""
     count, config = state.config.latent_statistics_images, state.vqgan.config
     sizes = [min(batch_size, count - start) for start in range(0, count, batch_size)]
-    batches = list(EpochBatchSampler(len(dataset), batch_size, num_batches=len(sizes), seed=state.config.seed))
+    batches = device_batches(state, dataset, batch_size, 0, len(sizes))  # in the order in which they are asked for
 
     def load(number: int) -> Tensor:
-        crops = [dataset[item]["pixel_values"] for item in batches[number][: sizes[number]]]
-        return torch.stack(crops).contiguous(memory_format=memory_format(state.config))
+        return next(batches)["pixel_values"][: sizes[number]]
 
     state.latents = measure_latents(state.vqgan, load, len(sizes))
     config.scaling_factor, config.shift_factor = 1 / state.latents.std, state.latents.mean
@@ -551,7 +585,7 @@ def count_bad_images(state: TrainState, micro_batches: list[dict], global_batch:
         logger.warning("Some images are smaller than resolution=%d and are enlarged.", config.resolution)
     state.unreadable += unreadable
     state.upscaled += upscaled
-    seen = (state.step * global_batch) + state.unreadable
+    seen = state.step * global_batch
     if seen >= 100 and state.unreadable > config.max_unreadable_share * seen:
         raise ValueError(
             f"{state.unreadable} of {seen} training images could not be read, more than "
@@ -559,7 +593,7 @@ def count_bad_images(state: TrainState, micro_batches: list[dict], global_batch:
         )
 
 
-def describe_plan(state: TrainState, dataset: TrainingImages, validation: ValidationImages, global_batch: int) -> str:
+def describe_plan(state: TrainState, dataset, validation: ValidationImages, global_batch: int) -> str:
     """The plan of a run, as printed before it starts and by --dry_run."""
     config, model = state.config, state.vqgan
     factor = model.config.downsample_factor
@@ -575,15 +609,17 @@ def describe_plan(state: TrainState, dataset: TrainingImages, validation: Valida
     if state.discriminator is not None:
         active[f"adversarial ({config.adversarial_loss}, from step {config.disc_start})"] = config.adversarial_weight
     seen = config.max_train_steps * global_batch
+    epochs = "" if config.streaming else f" = {seen / len(dataset):.1f} epochs"
     lines = {
-        "data": f"{config.dataset_name}: {len(dataset.images):,} training images, {len(validation)} for validation",
+        "data": f"{', '.join([config.dataset_name, *config.extra_datasets])}: {dataset.describe()}, "
+        f"{len(validation)} for validation",
         "parameters": ", ".join(f"{name} {count:.2f} M" for name, count in millions.items()),
         "tokens": f"{config.resolution}x{config.resolution} pixels -> {side}x{side} codes of "
         f"{model.config.num_vq_embeddings:,} ({model.config.quantizer}, f{factor}, {bits:.3f} bits per pixel)",
         "losses": ", ".join(f"{name} x {weight:g}" for name, weight in active.items()),
         "batch": f"{config.train_batch_size} x {config.gradient_accumulation_steps} accumulation x "
         f"{state.accelerator.num_processes} process(es) = {global_batch}",
-        "steps": f"{config.max_train_steps:,} = {seen:,} crops = {seen / len(dataset):.1f} epochs",
+        "steps": f"{config.max_train_steps:,} = {seen:,} crops{epochs}",
         "device": f"{state.accelerator.device}, mixed precision {config.mixed_precision}",
         "output": config.output_dir,
     }

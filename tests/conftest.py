@@ -1,6 +1,8 @@
 """Shared fixtures: a model small enough for thousands of forward passes, and images of every awkward kind."""
 
+import io
 import os
+import tarfile
 
 os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
@@ -84,6 +86,23 @@ def photo(seed: int, size: tuple[int, int] = (40, 32)) -> Image.Image:
     return coarse.resize(size, Image.Resampling.BICUBIC)
 
 
+def image_bytes(image: Image.Image, format: str = "PNG") -> bytes:
+    """The image as a file."""
+    buffer = io.BytesIO()
+    image.save(buffer, format)
+    return buffer.getvalue()
+
+
+def write_tar(file, images: list[bytes]) -> None:
+    """A webdataset tar: NNN.jpg, each with a label NNN.cls."""
+    with tarfile.open(file, "w") as tar:
+        for number, image in enumerate(images):
+            for name, content in ((f"{number:03d}.jpg", image), (f"{number:03d}.cls", b"1")):
+                information = tarfile.TarInfo(name)
+                information.size = len(content)
+                tar.addfile(information, io.BytesIO(content))
+
+
 def smooth_pixels(seed: int, height: int, width: int | None = None) -> torch.Tensor:
     """A smooth random image `(3, height, width)` in [-1, 1]."""
     pixels = np.array(photo(seed, (width or height, height)), dtype=np.float32)
@@ -99,6 +118,26 @@ def image_folder(tmp_path):
         for number in range(count):
             photo(number + 100 * (split == "validation")).save(folder / f"{number:02d}.png")
     return tmp_path / "images"
+
+
+@pytest.fixture(scope="session")
+def broken_folder(tmp_path_factory):
+    """1,000 training images, 100 of them unreadable: `images/`, an imagefolder, and `tars/`, the same in four tars."""
+    folder = tmp_path_factory.mktemp("broken")
+    (folder / "images" / "validation").mkdir(parents=True)
+    (folder / "images" / "train").mkdir()
+    (folder / "tars").mkdir()
+    photo(0, (10, 8)).save(folder / "images" / "validation" / "0.png")
+    whole = image_bytes(photo(1, (10, 8)), "JPEG")
+    text, zero = b"Gone: see the other server.", b""
+    files = [[whole[:-40], zero, text, bytes(100)][(n + n // 20) % 4] if n % 20 < 2 else whole for n in range(1000)]
+    files[510] = image_bytes(photo(2, (10, 8)), "PNG")  # a wrong extension hurts nobody
+    for number, content in enumerate(files):
+        (folder / "images" / "train" / f"{number:03d}.jpg").write_bytes(content)
+    for shard in range(4):
+        write_tar(folder / "tars" / f"train-{shard}.tar", files[250 * shard : 250 * (shard + 1)])
+    write_tar(folder / "tars" / "validation-0.tar", [whole])
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -1,31 +1,33 @@
+import itertools
+import multiprocessing
+import os
+import signal
+import time
+
 import numpy as np
 import pytest
 import torch
-from conftest import photo
+from conftest import image_bytes, photo, write_tar
 from datasets import Dataset, Features, Image, Value
 from PIL import Image as PILImage
 
 from hf_vqgan.data import (
     EpochBatchSampler,
     ImageTransform,
+    Mixture,
     TrainingImages,
     UnreadableImage,
     ValidationImages,
+    WaitClock,
+    load_batches,
     load_image_datasets,
+    map_style_images,
 )
 
 
 def as_dataset(images) -> Dataset:
     """What load_image_datasets returns, from PIL images or raw bytes."""
-    import io
-
-    rows = []
-    for image in images:
-        if not isinstance(image, bytes):
-            buffer = io.BytesIO()
-            image.save(buffer, format="PNG")
-            image = buffer.getvalue()
-        rows.append({"bytes": image, "path": None})
+    rows = [{"bytes": i if isinstance(i, bytes) else image_bytes(i), "path": None} for i in images]
     return Dataset.from_dict({"image": rows}, features=Features({"image": Image(decode=False)}))
 
 
@@ -129,3 +131,98 @@ def test_an_epoch_covers_every_image_once(batch_size):
 def test_sampler_starts_where_an_interrupted_one_stopped():
     whole = list(EpochBatchSampler(10, 3, 20, seed=5))
     assert list(EpochBatchSampler(10, 3, 13, seed=5, start=7)) == whole[7:]
+
+
+def test_webdataset_tars(tmp_path):
+    """A folder of tars, and a pattern of them; labels beside the images are left alone."""
+    for shard in range(2):
+        write_tar(tmp_path / f"{shard}.tar", [image_bytes(photo(10 * shard + n), "JPEG") for n in range(10)])
+    for name in (tmp_path, tmp_path / "*.tar"):
+        train, validation = load_image_datasets(str(name), cache_dir=str(tmp_path / "cache"))
+        assert (len(train), len(validation)) == (18, 2) and train.column_names == ["image"]
+        assert next(iter(load_batches(TrainingImages(train, ImageTransform(16)), 18)))["unreadable"].sum() == 0
+    assert (tmp_path / "cache").is_dir()
+    with pytest.raises(ValueError, match="names files: it takes no train_files"):
+        load_image_datasets(str(tmp_path / "*.tar"), train_files=["0.tar"])
+
+
+def test_processes_share_the_batches_of_one():
+    """Two processes with batches of 3, one with 6, and one that accumulates see the same samples in the same order."""
+    images = as_dataset([photo(i) for i in range(10)])
+    for dataset in (
+        map_style_images([images], ImageTransform(16)),
+        map_style_images([images, images.select(range(3))], ImageTransform(16), weights=[1, 3]),
+    ):
+        whole = [batch["pixel_values"] for batch in load_batches(dataset, 6, stop=6)]
+        parts = [list(load_batches(dataset, 3, 4, 12, rank, 2)) for rank in range(2)]
+        for number, both in enumerate(zip(*parts, strict=True), start=2):
+            assert torch.equal(torch.cat([part["pixel_values"] for part in both]), whole[number])
+        small = torch.cat([batch["pixel_values"] for batch in load_batches(dataset, 3, stop=12, num_workers=1)])
+        assert torch.equal(small, torch.cat(whole))
+
+
+def test_the_loader_leaves_the_global_generator_alone():
+    """A resumed run opens its loader after the generator's state is restored."""
+    dataset = TrainingImages(as_dataset([photo(0)]), ImageTransform(16))
+    before = torch.get_rng_state()
+    next(load_batches(dataset, 1))
+    assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("notice", [signal.SIGTERM, signal.SIGUSR1])
+def test_workers_outlive_the_notice_that_a_job_will_end(notice):
+    batches = load_batches(TrainingImages(as_dataset([photo(0)]), ImageTransform(16)), 1, stop=20, num_workers=1)
+    next(batches)
+    for worker in multiprocessing.active_children():
+        os.kill(worker.pid, notice)
+    assert len(list(batches)) == 19
+
+
+def test_a_mixture_has_the_shares_it_is_told_and_starts_anywhere():
+    mixture = Mixture([0.7, 0.2, 0.1], seed=3)
+    whole = list(itertools.islice(mixture.draw(0, lambda source, start: itertools.count(start)), 3000))
+    for source, share in enumerate((0.7, 0.2, 0.1)):
+        for block in range(3):
+            assert sum(drawn == source for drawn, _ in whole[1000 * block : 1000 * (block + 1)]) == 1000 * share
+        assert [item for drawn, item in whole if drawn == source] == list(range(int(3000 * share)))
+    assert [drawn for drawn, _ in whole[:1000]] != [drawn for drawn, _ in whole[1000:2000]]
+    late = mixture.draw(1234, lambda source, start: itertools.count(start))
+    assert list(itertools.islice(late, 1000)) == whole[1234:2234]
+
+
+@pytest.mark.parametrize(
+    "weights, message", [([1, -1], "must all be positive"), ([1, 1e-4], "none may be below 1/1000")]
+)
+def test_impossible_weights(weights, message):
+    with pytest.raises(ValueError, match=message):
+        Mixture(weights)
+
+
+def test_without_weights_an_epoch_covers_every_image_of_every_dataset():
+    flat = [PILImage.new("RGB", (16, 16), (value, 0, 0)) for value in range(9)]
+    dataset = map_style_images([as_dataset(flat[:6]), as_dataset(flat[6:])], ImageTransform(16))
+    batches = load_batches(dataset, 3, stop=3)
+    values = torch.cat([batch["pixel_values"][:, 0, 0, 0] for batch in batches])
+    assert sorted(((values + 1) * 127.5).round().int().tolist()) == list(range(9))
+
+
+def test_unreadable_images_are_counted_exactly(broken_folder):
+    """100 of 1,000, some of them neighbours: the same count for any number of processes."""
+    images, _ = load_image_datasets(str(broken_folder / "images"))
+    dataset = TrainingImages(images, ImageTransform(8))
+    for world_size in (1, 2):
+        batches = [load_batches(dataset, 50, 0, 20, rank, world_size) for rank in range(world_size)]
+        assert sum(int(batch["unreadable"].sum()) for mine in batches for batch in mine) == 100
+
+
+def test_wait_clock():
+    def slow():
+        for item in range(4):
+            time.sleep(0.03)
+            yield item
+
+    clock = WaitClock(slow())
+    assert next(clock) == 0
+    time.sleep(0.09)
+    assert 0.1 < clock.share() < 0.4
+    assert list(clock) == [1, 2, 3] and clock.share() > 0.9

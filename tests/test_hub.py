@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import TINY, photo
+from conftest import TINY, image_bytes, photo, write_tar
 from hub_server import TOKEN, Hub
 
 from hf_vqgan import VQGANConfig
@@ -172,6 +172,37 @@ print(sum(1 for _ in datasets.load_dataset("user/squares", split="train", stream
     card = files["README.md"].decode()
     assert "datasets/user/squares" in card and "- user/squares" in card
     assert not any(TOKEN.encode() in content for content in files.values())
+
+
+def test_datasets_of_the_hub_are_streamed(hub, tmp_path):
+    """Parquet, image files and a webdataset tar, each in a repository: nothing of them lands on the disk."""
+    for number in range(8):
+        (tmp_path / "files" / "train").mkdir(parents=True, exist_ok=True)
+        photo(number).save(tmp_path / "files" / "train" / f"{number}.png")
+    (tmp_path / "tars").mkdir()
+    write_tar(tmp_path / "tars" / "0.tar", [image_bytes(photo(number)) for number in range(8)])
+    make = f"""
+import datasets, huggingface_hub
+datasets.load_dataset({str(tmp_path / "files")!r}).push_to_hub("user/parquet", num_shards={{"train": 2}})
+for kind in ("files", "tars"):
+    huggingface_hub.create_repo(f"user/{{kind}}", repo_type="dataset")
+    huggingface_hub.upload_folder(repo_id=f"user/{{kind}}", folder_path=f"{tmp_path}/{{kind}}", repo_type="dataset")
+"""
+    hub.run(make, tmp_path / "writer")
+    read = """
+from hf_vqgan.data import ImageTransform, load_batches
+from hf_vqgan.streaming_data import StreamedImages, load_image_stream
+for kind in ("parquet", "files", "tars"):
+    shards, validation = load_image_stream(f"user/{kind}", validation_size=2)
+    stream = StreamedImages([shards], ImageTransform(16, center_crop=True, random_flip=False))
+    batch = next(load_batches(stream, 6, num_workers=1))
+    images = sorted(round(image.double().sum().item(), 3) for image in batch["pixel_values"])
+    print(len(shards), len(validation), int(batch["unreadable"].sum()), images)
+"""
+    parquet, files, tars = hub.run(read, tmp_path / "reader").splitlines()
+    assert parquet.startswith("2 2 0 [") and files.startswith("1 2 0 [") and tars.startswith("1 2 0 [")
+    assert parquet.split("[")[1] == files.split("[")[1] == tars.split("[")[1]
+    assert not list((tmp_path / "reader").rglob("*.arrow")) and not list((tmp_path / "reader").rglob("*.png"))
 
 
 def test_unfinished_run_is_refused(tmp_path):

@@ -52,6 +52,7 @@ def run_config(image_folder, random_trunk, output_dir, **fields) -> VQGANTrainin
         checkpointing_steps=2,
         latent_statistics_images=20,
         cpu_threads=1,
+        dataloader_num_workers=0,
     )
     return VQGANTrainingConfig(**defaults | fields)
 
@@ -120,7 +121,7 @@ def test_resumed_run_ends_in_the_same_weights(image_folder, random_trunk, tmp_pa
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     losses = [
         [
-            {k: v for k, v in json.loads(line).items() if k != "images_per_second"}
+            {k: v for k, v in json.loads(line).items() if k not in ("images_per_second", "data_wait")}
             for line in file.read_text().splitlines()
         ]
         for file in (tmp_path / "whole" / "log.jsonl", tmp_path / "stopped" / "log.jsonl")
@@ -428,6 +429,10 @@ def test_every_field_of_the_configuration_is_read():
         ({"adversarial_loss": "wasserstein"}, "adversarial_loss='wasserstein' must be one of"),
         ({"l1_weight": 0.0, "perceptual_weight": 0.0}, "are all 0"),
         ({"dataset_name": ""}, "dataset_name is empty"),
+        ({"dataset_weights": [1, 2]}, "2 weights for 1 dataset.*give one weight for each"),
+        ({"streaming": True}, "streaming needs max_train_steps"),
+        ({"streaming": True, "max_train_steps": 1, "crops_per_image": 2}, "crops_per_image=2 needs streaming=False"),
+        ({"shard_groups": 2}, "shard_groups=2 needs streaming=True"),
     ],
 )
 def test_impossible_values_are_named(fields, message):
