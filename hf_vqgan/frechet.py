@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .metrics import sum_over_processes
 
-FEATURES = 2048  # of the last pooling layer
+FEATURES, CLASSES = 2048, 1008  # of Inception: its last pooling layer, and its logits
 
 
 class FeatureMoments:
@@ -30,6 +30,7 @@ class FeatureMoments:
         self.count = torch.zeros((), dtype=torch.float64)
         self.sum = torch.zeros(dim, dtype=torch.float64)
         self.outer = torch.zeros(dim, dim, dtype=torch.float64)
+        self._root: Tensor | None = None
 
     def update(self, features: Tensor) -> None:
         """Add `(N, dim)`, on any device and in any float type."""
@@ -37,6 +38,7 @@ class FeatureMoments:
         self.count += len(features)
         self.sum += features.sum(dim=0)
         self.outer.addmm_(features.T, features)
+        self._root = None
 
     def over_processes(self, device: torch.device) -> "FeatureMoments":
         """The moments of all processes' vectors together; every process must ask."""
@@ -58,6 +60,13 @@ class FeatureMoments:
         mean = self.sum / self.count
         return mean, (self.outer - self.count * torch.outer(mean, mean)) / (self.count - 1)
 
+    def root(self) -> Tensor:
+        """Symmetric square root of the covariance; kept, since one set of originals is compared with many others."""
+        if self._root is None:
+            values, vectors = torch.linalg.eigh(self.gaussian()[1])
+            self._root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+        return self._root
+
 
 def frechet_distance(first: FeatureMoments, second: FeatureMoments) -> float:
     r"""
@@ -69,8 +78,7 @@ def frechet_distance(first: FeatureMoments, second: FeatureMoments) -> float:
     fewer images than features.
     """
     (mean, covariance), (other_mean, other) = first.gaussian(), second.gaussian()
-    values, vectors = torch.linalg.eigh(covariance)
-    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+    root = first.root()
     overlap = torch.linalg.eigvalsh(root @ other @ root).clamp(min=0).sqrt().sum()
     return float((mean - other_mean).square().sum() + covariance.trace() + other.trace() - 2 * overlap)
 
