@@ -369,7 +369,9 @@ class CodecColumn:
         }
 
 
-def make_report(column: ModelColumn | CodecColumn, originals: Tally, readable: Tensor, measures: Measures):
+def make_report(
+    column: ModelColumn | CodecColumn, originals: Tally, readable: Tensor, measures: Measures
+) -> EvaluationReport:
     """The report of a column whose tally has been gathered."""
     tally = column.tally
     rows = tally.table[readable][:, : len(measures.names)]
@@ -613,8 +615,8 @@ def describe_protocol(
         "reference": "the same crops: every figure compares a reconstruction, or the set of them, with its originals",
         "psnr": "data range 1 on pixels clamped and mapped to [0, 1], not rounded to 8 bits; mean over images; at most "
         "100 dB",
-        "ssim": "data range 1 on the same pixels, gaussian window of 11 pixels, sigma 1.5, K1 0.01, K2 0.03, mean over "
-        "channels, pixels and images (torchmetrics)",
+        "ssim": "data range 1 on the same pixels, gaussian windows of 11 pixels, sigma 1.5, that lie inside the image, "
+        "K1 0.01, K2 0.03, mean over channels, windows and images (equal to scikit-image's)",
         "l1": "mean absolute error of pixels in [-1, 1]",
         "lpips": "v0.1, linear heads of the lpips package, pixels in [-1, 1] at this resolution; mean over images",
         "rfid": "2048 features of torch-fidelity's Inception (pixels rounded to 8 bits, its own resizing to 299), "

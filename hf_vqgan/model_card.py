@@ -177,10 +177,10 @@ def add_evaluation(card: ModelCard, evaluation: dict, model_name: str) -> ModelC
             dataset_config=protocol["dataset_config"],
             dataset_split=protocol["split"],
             dataset_revision=protocol["dataset_commit"],
-            dataset_args={key: protocol[key] for key in ("num_images", "resolution")},
             metric_type=kind,
             metric_name=title,
             metric_value=round(evaluation[name], 6),
+            metric_args={key: protocol[key] for key in ("num_images", "resolution")},
         )
         for name, (title, kind, _) in shown.items()
     ]

@@ -13,18 +13,19 @@ from conftest import SPECIAL, TINY
 from safetensors.torch import load_file
 
 from hf_vqgan import VQGANConfig
+from hf_vqgan.evaluation import EvaluationConfig, evaluate
 from hf_vqgan.training import VQGANTrainingConfig, train
 
-SCRIPT = Path(__file__).parent.parent.parent / "scripts" / "train_vqgan.py"
+SCRIPTS = Path(__file__).parent.parent.parent / "scripts"
 
 
-def launch(arguments: dict) -> None:
-    """The script under `accelerate launch` with two gloo processes."""
+def launch(arguments: dict, script: str = "train_vqgan.py", names: tuple[str, ...] = ()) -> None:
+    """A script under `accelerate launch` with two gloo processes."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    command += ["--main_process_port", str(port), str(SCRIPT), "--config", "none"]
+    command += ["--main_process_port", str(port), str(SCRIPTS / script), *names, "--config", "none"]
     for name, value in arguments.items():
         command += [f"--{name}", *(map(str, value) if isinstance(value, (list, tuple)) else [str(value)])]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
@@ -75,3 +76,25 @@ def test_two_processes_equal_one(image_folder, random_trunk, tmp_path, quantizer
     weights = [load_file(run / "model.safetensors") for run in (one, two)]
     for name, tensor in weights[0].items():
         torch.testing.assert_close(weights[1][name], tensor, rtol=1e-3, atol=2e-5)
+
+
+def test_evaluation_by_two_processes_equals_one(tiny_model, image_folder, random_trunk, tmp_path):
+    """Nor does the batch size matter, nor an image that cannot be read; the last batch is smaller than the others."""
+    (image_folder / "train" / "04.png").write_bytes(b"not an image")
+    tiny_model.save_pretrained(tmp_path / "model")
+    names = (str(tmp_path / "model"), str(image_folder))
+    options = dict(
+        split="train", resolution=32, lpips=["alex"], alex_weights_path=str(random_trunk / "alex.safetensors")
+    )
+    one = evaluate([names[0]], names[1], EvaluationConfig(**options, inception=False, output_dir=str(tmp_path / "one")))
+    two = options | {"inception": "false", "batch_size": 5, "output_dir": tmp_path / "two", "cpu_threads": 1}
+    launch(two, "evaluate_vqgan.py", names)
+    two = json.loads((tmp_path / "two" / "evaluation.json").read_text())
+    assert (two["protocol"]["processes"], two["num_images"], two["protocol"]["unreadable_images"]) == (2, 11, 1)
+    assert two["protocol"]["pixels_sha256"] == one["protocol"]["pixels_sha256"]
+    for ours, theirs in zip(one["models"] + one["anchors"], two["models"] + two["anchors"], strict=True):
+        for name in ("standard_errors", "details"):
+            assert theirs.pop(name) == pytest.approx(ours.pop(name), rel=1e-6)
+        del ours["speed"], theirs["speed"]
+        assert theirs == pytest.approx(ours, rel=1e-6)
+    assert (tmp_path / "two" / "comparison.png").read_bytes() == (tmp_path / "one" / "comparison.png").read_bytes()
