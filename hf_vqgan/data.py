@@ -7,6 +7,7 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import datasets
 import torch
@@ -245,7 +246,7 @@ class TrainingImages(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.images) * self.crops_per_image
 
-    def __getitem__(self, number: int) -> dict[str, Tensor | int]:
+    def __getitem__(self, number: int) -> dict[str, Any]:
         first = number % len(self) // self.crops_per_image
         for skipped in range(len(self.images)):
             try:

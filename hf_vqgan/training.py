@@ -164,8 +164,8 @@ def training_step(state: TrainState, micro_batches: list[Tensor]) -> StepOutput:
     # 2. λ balances the two gradients at the decoder's last layer.
     balance = torch.ones((), device=accelerator.device)
     if state.adversarial and config.adaptive_weight:
-        last_layer = accelerator.reduce(sum(images.last_layer for images in passes) / count, "mean")
-        balance = adaptive_weight(*last_layer, config.adaptive_weight_max)
+        reconstruction, adversarial = accelerator.reduce(sum(images.last_layer for images in passes) / count, "mean")
+        balance = adaptive_weight(reconstruction, adversarial, config.adaptive_weight_max)
 
     # 3. One backward pass through decoder, quantizer and encoder: the product's gradient at x̂ is exactly `gradient`.
     latents, indices, terms = [], [], []
@@ -600,8 +600,8 @@ def memory_format(config: VQGANTrainingConfig) -> torch.memory_format:
     return torch.channels_last if config.channels_last else torch.contiguous_format
 
 
-def share_cpu_threads(config: VQGANTrainingConfig, accelerator: Accelerator) -> None:
-    """`accelerate launch` gives a process one thread unless told otherwise; on CPU that wastes all other cores."""
+def share_cpu_threads(config, accelerator: Accelerator) -> None:
+    """Use `config.cpu_threads`; by default all cores, since `accelerate launch` gives each process one thread."""
     if config.cpu_threads is not None:
         torch.set_num_threads(config.cpu_threads)
     elif accelerator.device.type == "cpu":

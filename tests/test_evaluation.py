@@ -96,8 +96,11 @@ def random_inception(tmp_path_factory):
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # torchvision's, about how lpips builds its networks
-def test_figures_are_those_of_the_reference_libraries(tiny_model, tmp_path, random_trunk, random_inception):
+def test_figures_are_those_of_the_reference_libraries(
+    tiny_model, tmp_path, random_trunk, random_inception, monkeypatch
+):
     """The whole chain, from files to evaluation.json, against the libraries on the same images."""
+    monkeypatch.setattr(feature_extractor_inceptionv3.FeatureExtractorInceptionV3, "INPUT_IMAGE_SIZE", 75)  # for speed
     (tmp_path / "images").mkdir()
     for number in range(10):
         photo(number, (32, 32)).save(tmp_path / "images" / f"{number}.png")
