@@ -93,8 +93,9 @@ def test_evaluation_by_two_processes_equals_one(tiny_model, image_folder, random
     assert (two["protocol"]["processes"], two["num_images"], two["protocol"]["unreadable_images"]) == (2, 11, 1)
     assert two["protocol"]["pixels_sha256"] == one["protocol"]["pixels_sha256"]
     for ours, theirs in zip(one["models"] + one["anchors"], two["models"] + two["anchors"], strict=True):
-        for name in ("standard_errors", "details"):
-            assert theirs.pop(name) == pytest.approx(ours.pop(name), rel=1e-6)
-        del ours["speed"], theirs["speed"]
-        assert theirs == pytest.approx(ours, rel=1e-6)
+        for part in (None, "standard_errors", "details"):
+            expected, found = (row[part] if part else row for row in (ours, theirs))
+            names = [name for name, value in expected.items() if isinstance(value, (int, float))]
+            assert {name: found[name] for name in names} == pytest.approx({n: expected[n] for n in names}, rel=1e-6)
+        assert theirs["details"].get("weights_sha256") == ours["details"].get("weights_sha256")
     assert (tmp_path / "two" / "comparison.png").read_bytes() == (tmp_path / "one" / "comparison.png").read_bytes()
