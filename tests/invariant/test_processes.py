@@ -79,7 +79,7 @@ def test_two_processes_equal_one(image_folder, random_trunk, tmp_path, quantizer
 
 
 def test_evaluation_by_two_processes_equals_one(tiny_model, image_folder, random_trunk, tmp_path):
-    """Nor does the batch size matter, nor an image that cannot be read; the last batch is smaller than the others."""
+    """Nor, but for float32 rounding, do the batch size and an image that cannot be read matter."""
     (image_folder / "train" / "04.png").write_bytes(b"not an image")
     tiny_model.save_pretrained(tmp_path / "model")
     names = (str(tmp_path / "model"), str(image_folder))
@@ -96,6 +96,6 @@ def test_evaluation_by_two_processes_equals_one(tiny_model, image_folder, random
         for part in (None, "standard_errors", "details"):
             expected, found = (row[part] if part else row for row in (ours, theirs))
             names = [name for name, value in expected.items() if isinstance(value, (int, float))]
-            assert {name: found[name] for name in names} == pytest.approx({n: expected[n] for n in names}, rel=1e-6)
+            assert {name: found[name] for name in names} == pytest.approx({n: expected[n] for n in names}, rel=5e-6)
         assert theirs["details"].get("weights_sha256") == ours["details"].get("weights_sha256")
     assert (tmp_path / "two" / "comparison.png").read_bytes() == (tmp_path / "one" / "comparison.png").read_bytes()
