@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import field as dataclass_field
 from dataclasses import fields, make_dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 from transformers import HfArgumentParser
@@ -34,8 +35,8 @@ def _model_arguments() -> type:
     for config_field in fields(VQGANConfig):
         if config_field.name in model_fields():
             kind = str(config_field.type)
-            item = str if "str" in kind else float if "float" in kind else int
-            flag_type = list[item] if "list" in kind else bool if config_field.type is bool else item
+            item: Any = str if "str" in kind else float if "float" in kind else int
+            flag_type: Any = list[item] if "list" in kind else bool if config_field.type is bool else item
             help = descriptions[config_field.name].replace("%", "%%")
             flags.append((config_field.name, flag_type | None, dataclass_field(default=None, metadata={"help": help})))
     return make_dataclass("ModelArguments", flags)

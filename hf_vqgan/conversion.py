@@ -129,7 +129,9 @@ def read_architecture(shapes: dict[str, tuple[int, ...]], family: Family) -> dic
         return next((shape[axis] for shape in found if len(shape) > axis), None)
 
     def levels(side: str, block_type: str) -> tuple[list[int], list[str], int]:
-        channels, types, layers = [], [], 0
+        channels: list[int] = []
+        types: list[str] = []
+        layers = 0
         for level in range(count(f"{side}_blocks.")):
             resnet, attentions = f"{side}_blocks.{level}.resnets.0.", f"{side}_blocks.{level}.attentions."
             known = size(0, *(resnet + part for part in ("conv2.weight", "conv1.weight", "conv2.bias")))
@@ -511,7 +513,8 @@ def write_safetensors(tensors: dict[str, Tensor], file: Path) -> None:
 
     The format: length of the header (8 bytes, little endian), header in JSON, padded to a multiple of 8, tensors.
     """
-    header, end = {"__metadata__": {"format": "pt"}}, 0
+    header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+    end = 0
     for name, tensor in tensors.items():
         start, end = end, end + tensor.nbytes
         header[name] = {

@@ -102,7 +102,7 @@ class Family:
         """The original's name of our `ours`; without the number of decoder `levels`, they count as stored."""
         if levels is not None and not self.lowest_first:
             ours = re.sub(r"up_blocks\.(\d+)", lambda match: f"up_blocks.{levels - 1 - int(match[1])}", ours)
-        return reduce(lambda text, rule: re.sub(*rule, text), self.names, ours)
+        return reduce(lambda text, rule: re.sub(rule[0], rule[1], text), self.names, ours)
 
     def shape(self, ours: str, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The original's shape of our weight `ours`."""

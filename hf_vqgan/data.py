@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import datasets
 import torch
@@ -314,7 +315,7 @@ class TrainingImages(torch.utils.data.Dataset):
         """Keys of the batches that `load_batches` describes."""
         return take_batches(self.keys(start * batch_size), batch_size, start, stop, rank, world_size)
 
-    def __getitem__(self, number: int) -> dict[str, Tensor | int]:
+    def __getitem__(self, number: int) -> dict[str, Any]:
         first = number % len(self) // self.crops_per_image
         for skipped in range(len(self.images)):
             try:

@@ -10,7 +10,7 @@ import yaml
 from huggingface_hub import HfApi
 
 from .image_processing_vqgan import VQGANImageProcessor
-from .model_card import make_model_card
+from .model_card import add_evaluation, make_model_card
 from .modeling_vqgan import VQGANModel
 
 EXTRAS = ("metrics.json", "training_config.yaml", "reconstructions.png", "curves.png", "codebook.png")
@@ -27,8 +27,9 @@ def push_run_to_hub(
     commit_message: str = "Upload VQ-GAN",
 ) -> str:
     """
-    Push what a training run left in `output_dir`: the model with its code, the image processor, the card, figures and
-    pictures, and, for plain codebooks, a `diffusers/` folder that `diffusers.VQModel` loads without this package.
+    Push what a training run left in `output_dir`: the model with its code, the image processor, the card, pictures,
+    figures (and evaluation.json, if there is one) and, for plain codebooks, a `diffusers/` folder that
+    `diffusers.VQModel` loads without this package.
 
     Everything goes up in one commit: after an interrupted upload the repository is as it was, and another call
     finishes the job.
@@ -62,12 +63,16 @@ def push_run_to_hub(
         # The run's config.json again: it names the dtype that loading defaults to, which a variant must not change.
         for name in ("config.json", *EXTRAS):
             shutil.copy(folder / name, staging)
-        make_model_card(
+        card = make_model_card(
             repo_id,
             settings=yaml.safe_load((folder / "training_config.yaml").read_text()),
             model_config=model.config,
             metrics=json.loads((folder / "metrics.json").read_text()),
             has_diffusers=plain,
             license=license,
-        ).save(f"{staging}/README.md")
+        )
+        if (folder / "evaluation.json").is_file():
+            shutil.copy(folder / "evaluation.json", staging)
+            card = add_evaluation(card, json.loads((folder / "evaluation.json").read_text()), repo_id.split("/")[-1])
+        card.save(f"{staging}/README.md")
         return api.upload_folder(repo_id=repo_id, folder_path=staging, commit_message=commit_message).commit_url

@@ -29,7 +29,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-class VQGANImageProcessorKwargs(ImagesKwargs, total=False):
+class VQGANImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]  # a TypedDict
     """
     size_divisor (`int`, *optional*, defaults to 1):
         After resizing and cropping, the image's centre is cut to sides that are multiples of this: the model's

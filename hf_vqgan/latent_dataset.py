@@ -12,7 +12,7 @@ import datasets
 import numpy as np
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.transforms import v2
 from tqdm.auto import tqdm
 
@@ -130,19 +130,24 @@ def encode_dataset(model_name: str, dataset_name: str, out: str | Path, config: 
     return found
 
 
+def weights_sha256(module: nn.Module) -> str:
+    """Checksum of a module's parameters and buffers with their names."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
 def _settings(
     model: VQGANModel, dataset_name: str, splits: dict, transform: ImageTransform, config: EncodingConfig
 ) -> dict:
     """What the shards depend on. A model counts by its weights: its folder may hold others tomorrow."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
     names = ("what", "dataset_config_name", "dataset_revision", "image_column", "latents_dtype", "mixed_precision")
     return {name: value for name, value in asdict(config).items() if name in (*names, "shard_size")} | {
         "dataset": dataset_name,
         "rows": {name: len(rows) for name, rows in splits.items()},
-        "model_sha256": digest.hexdigest(),
+        "model_sha256": weights_sha256(model),
         "resolution": transform.resolution,
         "resize": transform.resize,
     }

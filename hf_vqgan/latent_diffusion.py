@@ -7,6 +7,7 @@ import random
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import datasets
 import torch
@@ -166,7 +167,7 @@ class LatentSamples(Dataset):
     def __len__(self) -> int:
         return len(self.items)
 
-    def __getitem__(self, number: int) -> dict[str, Tensor | int]:
+    def __getitem__(self, number: int) -> dict[str, Any]:
         row = number % len(self)
         # TrainingImages counts epochs itself, and puts the next readable image in an unreadable one's place.
         item = self.items[number if self.kind == "pixel_values" else row]
@@ -423,7 +424,7 @@ def train_latent_diffusion(config: LatentDiffusionConfig, dry_run: bool = False)
             loss_of(torch.utils.data.default_collate([samples[0]]))
         return {}
 
-    run = PipelineRunFolder(config, None, accelerator)
+    run = PipelineRunFolder(config, None, accelerator)  # type: ignore[arg-type]  # has the fields that it reads
     if checkpoint := run.open():
         accelerator.load_state(str(checkpoint))
         accelerator.print(f"Resuming from {checkpoint} at step {progress.step}.")

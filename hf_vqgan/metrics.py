@@ -12,6 +12,8 @@ from torchmetrics.functional.image import peak_signal_noise_ratio, structural_si
 from .losses import LPIPS
 from .modeling_vqgan import VQGANModel
 
+SSIM_WINDOW = 11  # pixels
+
 
 def perplexity(counts: Tensor) -> float:
     """exp(-Σ p log p) of a histogram `(K,)`: how many equally used codes would be as hard to guess. 0 if empty."""
@@ -41,6 +43,15 @@ def gather_rows(rows: Tensor) -> Tensor:
     gathered = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
     dist.all_gather(gathered, rows.contiguous())
     return torch.cat(gathered)
+
+
+def sum_over_processes(own: Tensor, device: torch.device) -> Tensor:
+    """Sum of a CPU tensor over all processes, on CPU; `device` is where their process group communicates."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return own
+    shared = own.to(device, copy=True)
+    dist.all_reduce(shared)
+    return shared.cpu()
 
 
 @dataclass
@@ -207,7 +218,7 @@ class ReconstructionReport:
 
     Args:
         psnr (`float`): dB, on pixels clamped and mapped to [0, 1], not rounded to 8 bits.
-        ssim (`float`): On the same pixels; gaussian window of 11 pixels with σ 1.5 (torchmetrics).
+        ssim (`float`): On the same pixels; gaussian windows of 11 pixels with σ 1.5 that lie inside the image.
         lpips (`float`): LPIPS v0.1; which network, the caller knows.
         l1 (`float`): Mean absolute error in [-1, 1] pixels.
         perplexity (`float`): Over all codes of all images, as `CodebookReport.perplexity`.
@@ -225,6 +236,24 @@ class ReconstructionReport:
 
     def as_dict(self) -> dict[str, float]:
         return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+def pixel_figures(sample: Tensor, pixels: Tensor) -> dict[str, Tensor]:
+    """
+    `psnr` (dB), `ssim` and `l1` per image, each `(B,)`, of float32 images `(B, 3, H, W)` in [-1, 1].
+
+    PSNR and SSIM are taken on [0, 1], l1 on [-1, 1]. A perfect reconstruction has PSNR 100.
+    """
+    shown, real = sample / 2 + 0.5, pixels / 2 + 0.5  # [0, 1]: SSIM depends on where zero is
+    psnr = peak_signal_noise_ratio(shown, real, data_range=1.0, reduction="none", dim=(1, 2, 3))
+    options = {"data_range": 1.0, "reduction": "none", "return_full_image": True}
+    _, ssim_map = structural_similarity_index_measure(shown, real, **options)
+    # torchmetrics also averages over windows that reach past the border, into mirrored pixels; the paper
+    # (https://doi.org/10.1109/TIP.2003.819861) and scikit-image do not. On small images that is 0.03 of difference.
+    top, left = (min(SSIM_WINDOW // 2, (side - 1) // 2) for side in pixels.shape[2:])
+    inside = ssim_map[..., top : pixels.shape[2] - top, left : pixels.shape[3] - left]
+    l1 = (sample - pixels).abs()
+    return {"psnr": psnr.clamp(max=100), "ssim": inside.mean(dim=(1, 2, 3)), "l1": l1.mean(dim=(1, 2, 3))}
 
 
 @torch.no_grad()
@@ -250,10 +279,7 @@ def evaluate_reconstruction(
             pixels = pixels.to(device)
             output = model(pixels)
             sample = output.sample.float().clamp(-1, 1)
-            error = (sample - pixels).abs().mean(dim=(1, 2, 3))
-            shown, real = sample / 2 + 0.5, pixels / 2 + 0.5  # [0, 1]: SSIM depends on where zero is
-            psnr = peak_signal_noise_ratio(shown, real, data_range=1.0, reduction="none", dim=(1, 2, 3))
-            ssim = structural_similarity_index_measure(shown, real, data_range=1.0, reduction="none")
+            psnr, ssim, error = pixel_figures(sample, pixels).values()
             lpips = perceptual(sample, pixels) if perceptual is not None else torch.zeros_like(error)
             figures = [figure.double().sum() for figure in (psnr, ssim, lpips, error)]
             totals += torch.stack([*figures, totals.new_tensor(len(pixels))])
@@ -309,18 +335,15 @@ def measure_latents(model: VQGANModel, load_batch: Callable[[int], Tensor], num_
     # Per batch: Σz and Σz² of each channel, positions, images. Other processes' rows stay 0.
     dim = model.config.vq_embed_dim
     table = torch.zeros(num_batches, 2 * dim + 2, dtype=torch.float64)
-    distributed = dist.is_available() and dist.is_initialized()
-    rank, processes = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
+    rank, processes = (
+        (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+    )
     for number in range(rank, num_batches, processes):
         latents = model.encode(load_batch(number).to(model.device)).latents.double().cpu()
         sums = latents.sum(dim=(0, 2, 3)), latents.square().sum(dim=(0, 2, 3))
         table[number] = torch.cat([*sums, torch.tensor([latents[:, 0].numel(), len(latents)])])
     model.train(training)
-    if distributed:
-        shared = table.to(model.device)
-        dist.all_reduce(shared)
-        table = shared.cpu()
-    totals = table.sum(dim=0)
+    totals = sum_over_processes(table, model.device).sum(dim=0)
     means, squares = (totals[: 2 * dim] / totals[-2]).view(2, dim)
     return LatentStatistics(
         mean=float(means.mean()),

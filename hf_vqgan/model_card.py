@@ -1,5 +1,8 @@
 """README.md of a pushed model: what it is, how good, how to load it, how it was made."""
 
+import re
+from pathlib import Path
+
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .configuration_vqgan import VQGANConfig
@@ -67,6 +70,20 @@ FIGURES = {
     "usage": ("codebook usage", "codebook-usage", 3, "perplexity, usage"),
 }
 
+# name in evaluation.json -> (title, type on the Hub, digits)
+EVALUATION_FIGURES = {
+    "bits_per_pixel": ("bits per pixel", "bits-per-pixel", 4),
+    "psnr": ("PSNR (dB)", "psnr", 2),
+    "ssim": ("SSIM", "ssim", 4),
+    "lpips_alex": ("LPIPS (alex)", "lpips", 4),
+    "lpips_vgg": ("LPIPS (vgg)", "lpips-vgg", 4),
+    "rfid": ("rFID", "fid", 3),
+    "ris": ("rIS", "inception-score", 2),
+    "perplexity": ("perplexity", "perplexity", 1),
+    "usage": ("usage", "codebook-usage", 4),
+}
+EVALUATION_HEADING = "## Evaluation"
+
 
 def make_model_card(
     repo_id: str, settings: dict, model_config: VQGANConfig, metrics: dict, has_diffusers: bool, license: str | None
@@ -82,7 +99,7 @@ def make_model_card(
         license (`str`, *optional*): Licence of the weights, as the Hub names it.
     """
     dataset_name = settings["dataset_name"]
-    on_hub = "/" in dataset_name and not dataset_name.startswith((".", "/", "package:"))
+    on_hub = _is_on_hub(dataset_name)
     measured = metrics["measured_on"]
     data = ModelCardData(
         license=license,
@@ -120,3 +137,65 @@ def make_model_card(
         has_diffusers=has_diffusers,
         dataset=f"[{dataset_name}](https://huggingface.co/datasets/{dataset_name})" if on_hub else f"`{dataset_name}`",
     )
+
+
+def _is_on_hub(dataset_name: str) -> bool:
+    return (
+        "/" in dataset_name and not dataset_name.startswith((".", "/", "package:")) and not Path(dataset_name).exists()
+    )
+
+
+def update_model_card(folder: Path, evaluation: dict) -> ModelCard:
+    """
+    The card of a model's folder, made if there is none, with the model's figures of an evaluation added.
+
+    Figures of the same dataset, split and resolution that are in its metadata are replaced, and so is its section
+    "Evaluation".
+
+    Args:
+        evaluation (`dict`): The model's own evaluation.json: figures by name, and `protocol`.
+    """
+    file, name = folder / "README.md", folder.resolve().name
+    if file.is_file():
+        card = ModelCard.load(file)
+    else:
+        data = ModelCardData(library_name="hf_vqgan", pipeline_tag="image-to-image", model_name=name)
+        card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n# {name}\n")
+    return add_evaluation(card, evaluation, name)
+
+
+def add_evaluation(card: ModelCard, evaluation: dict, model_name: str) -> ModelCard:
+    """`card` with the figures of `evaluation`, an evaluation.json, in its metadata and in its section "Evaluation"."""
+    protocol = evaluation["protocol"]
+    on_hub = _is_on_hub(protocol["dataset"])
+    shown = {name: row for name, row in EVALUATION_FIGURES.items() if name in evaluation}
+    found = [
+        EvalResult(
+            task_type="image-to-image",
+            dataset_type=protocol["dataset"] if on_hub else "local",
+            dataset_name=protocol["dataset"],
+            dataset_config=protocol["dataset_config"],
+            dataset_split=protocol["split"],
+            dataset_revision=protocol["dataset_commit"],
+            metric_type=kind,
+            metric_name=title,
+            metric_value=round(evaluation[name], 6),
+            metric_args={key: protocol[key] for key in ("num_images", "resolution")},
+        )
+        for name, (title, kind, _) in shown.items()
+    ]
+    before = card.data.eval_results or []
+    card.data.eval_results = [old for old in before if not any(old.is_equal_except_value(new) for new in found)] + found
+    card.data.model_name = card.data.model_name or model_name
+    rows = [f"| {title} | {evaluation[name]:.{digits}f} |" for name, (title, _, digits) in shown.items()]
+    text = (
+        f"{protocol['num_images']} images of {protocol['dataset']}, split {protocol['split']}, "
+        f"{protocol['resolution']}x{protocol['resolution']} pixels (resize: {protocol['resize']}; crop: "
+        f"{protocol['crop']}), against the same crops. The whole protocol is in [evaluation.json](evaluation.json)."
+    )
+    section = "\n".join([EVALUATION_HEADING, "", text, "", "| metric | value |", "|---|---|", *rows, ""])
+    # From the heading to the next one of its level, or to the end
+    old = re.compile(rf"^{EVALUATION_HEADING}\n.*?(?=^## |\Z)", re.MULTILINE | re.DOTALL)
+    body = old.sub("", card.text).rstrip("\n")
+    card.text = f"{body}\n\n{section}"
+    return card

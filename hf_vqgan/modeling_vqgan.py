@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import VQModel
@@ -398,7 +399,7 @@ def _conversion():
 
 def build_encoder(config: VQGANConfig) -> nn.Module:
     """The encoder: images `(B, C, H, W)` to features `(B, latent_channels, H/f, W/f)`."""
-    shared = {
+    shared: dict[str, Any] = {
         "in_channels": config.in_channels,
         "out_channels": config.latent_channels,
         "block_out_channels": config.block_out_channels,
@@ -435,7 +436,7 @@ def build_encoder(config: VQGANConfig) -> nn.Module:
 
 def build_decoder(config: VQGANConfig) -> nn.Module:
     """The decoder: features `(B, latent_channels, h, w)`, and the codes for spatial norms, to images."""
-    shared = {
+    shared: dict[str, Any] = {
         "in_channels": config.latent_channels,
         "out_channels": config.out_channels,
         "block_out_channels": config.decoder_block_out_channels,

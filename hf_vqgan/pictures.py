@@ -1,12 +1,13 @@
 """Pictures that a run is judged by: reconstructions beside originals and code maps, and curves of every figure."""
 
 import io
+import textwrap
 
 import torch
 import torch.nn.functional as F
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from PIL import Image
+from PIL import Image, ImageDraw
 from torch import Tensor
 from torchvision.transforms.v2 import functional as tvF
 from torchvision.utils import make_grid
@@ -57,6 +58,33 @@ def draw_reconstructions(model: VQGANModel, images: list[Tensor]) -> Image.Image
     width = max(row.shape[-1] for row in rows)
     strips = [make_grid(F.pad(row, (0, width - row.shape[-1]), value=1.0), nrow=3, pad_value=1.0) for row in rows]
     return tvF.to_pil_image(torch.cat(strips, dim=1))
+
+
+def draw_comparison(pictures: dict[str, Tensor], side: int = 160, gap: int = 4) -> Image.Image:
+    """
+    A grid: one row per image, one column per entry under its title.
+
+    Args:
+        pictures (`dict[str, Tensor]`): Title to uint8 `(N, 3, S, S)`, equal shapes.
+        side (`int`): Smaller images are enlarged, by a whole number and without smoothing, up to this.
+    """
+    count, _, height, width = next(iter(pictures.values())).shape
+    zoom = max(1, side // width)
+    width, height, title = width * zoom, height * zoom, 28
+    sheet = Image.new("RGB", (len(pictures) * (width + gap) - gap, title + count * (height + gap) - gap), "white")
+    draw = ImageDraw.Draw(sheet)
+    for column, (name, images) in enumerate(pictures.items()):
+        x = column * (width + gap)
+        draw.text((x + width / 2, 2), _wrapped(name, width), "black", anchor="ma", align="center", spacing=0)
+        for row, image in enumerate(images):
+            shown = tvF.to_pil_image(image).resize((width, height), Image.Resampling.NEAREST)
+            sheet.paste(shown, (x, title + row * (height + gap)))
+    return sheet
+
+
+def _wrapped(text: str, width: int) -> str:
+    """`text` in at most two lines that fit in `width` pixels of the default font, about 6 pixels a letter."""
+    return "\n".join(textwrap.wrap(text, max(8, width // 6), max_lines=2, placeholder="..."))
 
 
 def draw_curves(rows: list[dict[str, float]], num_codes: int) -> Image.Image:

@@ -262,7 +262,7 @@ class VectorQuantizer(Quantizer):
     Choose it for what others can load, and start it from data.
     """
 
-    loss_names = ("commitment", "codebook")
+    loss_names: tuple[str, ...] = ("commitment", "codebook")
 
     def __init__(self, config: VQGANConfig):
         super().__init__(config)
@@ -542,7 +542,7 @@ class LookupFreeQuantizer(Quantizer):
     (`entropy_anneal_factor` of the trainer). Choose it for very large vocabularies; `vq_embed_dim` has to be log2(K).
     """
 
-    loss_names = ("commitment", "entropy")
+    loss_names: tuple[str, ...] = ("commitment", "entropy")
 
     def __init__(self, config: VQGANConfig):
         super().__init__(config)

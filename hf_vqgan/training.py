@@ -563,8 +563,8 @@ def memory_format(config: VQGANTrainingConfig) -> torch.memory_format:
     return torch.channels_last if config.channels_last else torch.contiguous_format
 
 
-def share_cpu_threads(config: VQGANTrainingConfig, accelerator: Accelerator) -> None:
-    """`accelerate launch` gives a process one thread unless told otherwise; on CPU that wastes all other cores."""
+def share_cpu_threads(config, accelerator: Accelerator) -> None:
+    """Use `config.cpu_threads`; by default all cores, since `accelerate launch` gives each process one thread."""
     if config.cpu_threads is not None:
         torch.set_num_threads(config.cpu_threads)
     elif accelerator.device.type == "cpu":

@@ -201,8 +201,8 @@ def training_step(state: TrainState, micro_batches: list[Tensor]) -> StepOutput:
     # 2. λ balances the two gradients at the decoder's last layer.
     balance = torch.ones((), device=accelerator.device)
     if state.adversarial and config.adaptive_weight:
-        last_layer = accelerator.reduce(sum(images.last_layer for images in passes) / count, "mean")
-        balance = adaptive_weight(*last_layer, config.adaptive_weight_max)
+        reconstruction, adversarial = accelerator.reduce(sum(images.last_layer for images in passes) / count, "mean")
+        balance = adaptive_weight(reconstruction, adversarial, config.adaptive_weight_max)
 
     # 3. One backward pass through decoder, quantizer and encoder: the product's gradient at x̂ is exactly `gradient`.
     latents, indices, figures = [], [], []

@@ -98,7 +98,7 @@ NAMES = ["ours", "diffusers (cdist)", "materialised", "vector-quantize-pytorch",
 
 def time_interleaved(functions: dict, budget: float = 12.0, most: int = 9) -> dict[str, float]:
     """Median seconds of each function, called in turn until the budget is spent (twice at least)."""
-    times = {name: [] for name in functions}
+    times: dict[str, list[float]] = {name: [] for name in functions}
     started = time.perf_counter()
     for repetition in range(most + 1):
         for name, function in functions.items():

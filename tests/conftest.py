@@ -7,6 +7,7 @@ import tarfile
 os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
+import lpips
 import numpy as np
 import pytest
 import torch
@@ -14,6 +15,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from hf_vqgan import VQGANConfig, VQGANModel
+from hf_vqgan.losses import LPIPS
 from hf_vqgan.lpips_weights import NETWORKS
 
 TINY = dict(
@@ -154,3 +156,13 @@ def random_trunk(tmp_path_factory):
         }
         save_file(weights, folder / f"{net}.safetensors")
     return folder
+
+
+def package_lpips(ours: LPIPS) -> lpips.LPIPS:
+    """The `lpips` package's own network, with the trunk of ours."""
+    theirs = lpips.LPIPS(net=ours.net, pnet_rand=True, verbose=False)
+    named = theirs.state_dict()
+    for key, tensor in ours.slices.state_dict().items():
+        number, name = key.split(".", 1)
+        named[f"net.slice{int(number) + 1}.{name}"].copy_(tensor)
+    return theirs

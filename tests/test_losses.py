@@ -1,10 +1,10 @@
 import hashlib
 import pickle
 
-import lpips
 import numpy as np
 import pytest
 import torch
+from conftest import package_lpips
 from safetensors.torch import load_file
 
 from hf_vqgan import lpips_weights
@@ -24,11 +24,7 @@ from hf_vqgan.lpips_weights import NETWORKS, ArrayUnpickler, load_trunk_weights
 @pytest.mark.filterwarnings("ignore::UserWarning")  # torchvision's, about how lpips builds its networks
 def test_distance_equals_the_lpips_package(net, random_trunk):
     ours = LPIPS(net, str(random_trunk / f"{net}.safetensors"))
-    theirs = lpips.LPIPS(net=net, pnet_rand=True, verbose=False)
-    named = theirs.state_dict()
-    for key, tensor in ours.slices.state_dict().items():
-        number, name = key.split(".", 1)
-        named[f"net.slice{int(number) + 1}.{name}"].copy_(tensor)
+    theirs = package_lpips(ours)
     x, y = torch.rand(2, 2, 3, 64, 64) * 2 - 1
     torch.testing.assert_close(ours(x, y), theirs(x, y).flatten())
 

@@ -14,19 +14,20 @@ from in_float64 import to_pixel_values
 from safetensors.torch import load_file
 
 from hf_vqgan import VQGANConfig
+from hf_vqgan.evaluation import EvaluationConfig, evaluate
 from hf_vqgan.training import VQGANTrainingConfig, train
 
-SCRIPT = Path(__file__).parent.parent.parent / "scripts" / "train_vqgan.py"
+SCRIPTS = Path(__file__).parent.parent.parent / "scripts"
 
 
-def launch(arguments: dict) -> None:
-    """The script in float64 under `accelerate launch` with two gloo processes."""
+def launch(arguments: dict, script: str = "train_vqgan.py", names: tuple[str, ...] = (), float64: bool = True) -> None:
+    """A script under `accelerate launch` with two gloo processes."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    command += ["--main_process_port", str(port), str(Path(__file__).parent / "in_float64.py")]
-    command += [str(SCRIPT), "--config", "none"]
+    wrapper = [str(Path(__file__).parent / "in_float64.py")] if float64 else []
+    command += ["--main_process_port", str(port), *wrapper, str(SCRIPTS / script), *names, "--config", "none"]
     for name, value in arguments.items():
         command += [f"--{name}", *(map(str, value) if isinstance(value, (list, tuple)) else [str(value)])]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
@@ -93,3 +94,26 @@ def test_two_processes_equal_one(image_folder, random_trunk, tmp_path, float64, 
     weights = [load_file(run / "model.safetensors") for run in (one, two)]
     for name in weights[0]:
         torch.testing.assert_close(weights[1][name], weights[0][name], rtol=1e-6, atol=1e-8)
+
+
+def test_evaluation_by_two_processes_equals_one(tiny_model, image_folder, random_trunk, tmp_path):
+    """Nor, but for float32 rounding, do the batch size and an image that cannot be read matter."""
+    (image_folder / "train" / "04.png").write_bytes(b"not an image")
+    tiny_model.save_pretrained(tmp_path / "model")
+    names = (str(tmp_path / "model"), str(image_folder))
+    options = dict(
+        split="train", resolution=32, lpips=["alex"], alex_weights_path=str(random_trunk / "alex.safetensors")
+    )
+    one = evaluate([names[0]], names[1], EvaluationConfig(**options, inception=False, output_dir=str(tmp_path / "one")))
+    two = options | {"inception": "false", "batch_size": 5, "output_dir": tmp_path / "two", "cpu_threads": 1}
+    launch(two, "evaluate_vqgan.py", names, float64=False)
+    two = json.loads((tmp_path / "two" / "evaluation.json").read_text())
+    assert (two["protocol"]["processes"], two["num_images"], two["protocol"]["unreadable_images"]) == (2, 11, 1)
+    assert two["protocol"]["pixels_sha256"] == one["protocol"]["pixels_sha256"]
+    for ours, theirs in zip(one["models"] + one["anchors"], two["models"] + two["anchors"], strict=True):
+        for part in (None, "standard_errors", "details"):
+            expected, found = (row[part] if part else row for row in (ours, theirs))
+            names = [name for name, value in expected.items() if isinstance(value, (int, float))]
+            assert {name: found[name] for name in names} == pytest.approx({n: expected[n] for n in names}, rel=5e-6)
+        assert theirs["details"].get("weights_sha256") == ours["details"].get("weights_sha256")
+    assert (tmp_path / "two" / "comparison.png").read_bytes() == (tmp_path / "one" / "comparison.png").read_bytes()
