@@ -29,7 +29,7 @@ def measure_gradients(state: TrainState, pixels: Tensor) -> dict[str, float]:
         return {}
     with torch.random.fork_rng(devices=[pixels.device] if pixels.device.type == "cuda" else []):
         gradients = term_gradients(state, pixels)
-    figures = {}
+    figures: dict[str, float] = {}
     for place in PLACES:
         present = {term: rows[place] for term, rows in gradients.items() if place in rows}
         gram = gram_matrix(state, list(present.values()), per_image=place in ("x_hat", "z"))
@@ -69,7 +69,8 @@ def term_gradients(state: TrainState, pixels: Tensor) -> dict[str, dict[str, Ten
         if config.adaptive_weight:
             pair = (sum(at_x_hat.values()), adversarial)
             pair = torch.stack([last_layer_gradient(x_hat, model.last_layer, g * scale) / scale for g in pair])
-            weight = weight * adaptive_weight(*state.accelerator.reduce(pair, "mean"), config.adaptive_weight_max)
+            rec_at_last, adv_at_last = state.accelerator.reduce(pair, "mean")
+            weight = weight * adaptive_weight(rec_at_last, adv_at_last, config.adaptive_weight_max)
         at_x_hat["adversarial"] = weight * adversarial
 
     found = {}

@@ -30,7 +30,8 @@ MANIFEST_FILE = "manifest.json"
 
 # Where a run writes to and how it is watched does not make it another run; and a token belongs into no file.
 NOT_IDENTITY = ("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "cpu_threads",
-                "dataloader_num_workers", "report_to", "push_to_hub", "hub_model_id", "hub_token", "hub_private_repo", "hub_license")  # fmt: skip
+                "dataloader_num_workers", "report_to", "push_to_hub", "hub_model_id", "hub_token", "hub_private_repo",
+                "hub_license")  # fmt: skip
 
 
 def public_settings(config: VQGANTrainingConfig) -> dict:

@@ -4,7 +4,7 @@ import itertools
 import logging
 import random
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
@@ -119,14 +119,15 @@ def load_image_stream(
     return shards, validation
 
 
-def _in_memory(records: Iterator[dict]) -> datasets.Dataset:
+def _in_memory(records: Iterable[dict]) -> datasets.Dataset:
     features = datasets.Features({"image": datasets.Image(decode=False)})
     return datasets.Dataset.from_dict({"image": list(records)}, features=features)
 
 
 def _hold_out(shards: list[Shard], count: int) -> tuple[list[Shard], datasets.Dataset]:
     """The shards without their first `count` images, and those."""
-    records, rest = [], []
+    records: list[dict] = []
+    rest = []
     for shard in shards:
         taken = list(itertools.islice(shard.read(), count - len(records)))
         records += taken

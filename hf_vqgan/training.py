@@ -10,6 +10,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType
@@ -72,8 +73,9 @@ class PreemptionNotice(contextlib.AbstractContextManager):
     SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
     def __init__(self, accelerator: Accelerator):
-        self.accelerator, self.name = accelerator, None
-        self.previous = {}
+        self.accelerator = accelerator
+        self.name: str | None = None  # of the signal that this process got
+        self.previous: dict = {}
 
     def __enter__(self) -> "PreemptionNotice":
         if threading.current_thread() is threading.main_thread():  # Python lets only that one handle signals
@@ -319,13 +321,13 @@ def load_images(
             f"{len(model_config.block_out_channels)} levels in block_out_channels."
         )
     transform = ImageTransform(config.resolution, config.resize, config.center_crop, config.random_flip)
-    of_all = dict(
+    of_all: dict[str, Any] = dict(
         train_split=config.train_split,
         image_column=config.image_column,
         max_train_samples=config.max_train_samples,
         cache_dir=config.cache_dir,
     )
-    of_first = of_all | dict(
+    of_first: dict[str, Any] = of_all | dict(
         dataset_config_name=config.dataset_config_name,
         validation_split=config.validation_split,
         train_files=config.train_files,
@@ -531,12 +533,13 @@ def build_optimizer(
     Raises:
         ValueError: if `use_8bit_adam` is set and bitsandbytes is not installed.
     """
-    optimizer_class = torch.optim.AdamW
+    optimizer_class: Any = torch.optim.AdamW
     if config.use_8bit_adam:
         try:
-            from bitsandbytes.optim import AdamW8bit as optimizer_class
+            import bitsandbytes.optim
         except ImportError as error:
             raise ValueError("use_8bit_adam=True needs bitsandbytes: `pip install bitsandbytes`.") from error
+        optimizer_class = bitsandbytes.optim.AdamW8bit
     return optimizer_class(
         [p for network in networks if network is not None for p in network.parameters() if p.requires_grad],
         lr=learning_rate,

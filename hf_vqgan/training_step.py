@@ -361,8 +361,8 @@ def augment(state: TrainState, images: Tensor, number: int, count: int, salt: in
 def move_lecam_anchors(state: TrainState, watched: dict[str, float]) -> None:
     means, decay = (watched["logits_real"], watched["logits_fake"]), state.config.lecam_decay
     if state.config.lecam_weight:
-        before = state.lecam_anchors or means
-        state.lecam_anchors = tuple(decay * old + (1 - decay) * new for old, new in zip(before, means, strict=True))
+        real, fake = state.lecam_anchors or means
+        state.lecam_anchors = decay * real + (1 - decay) * means[0], decay * fake + (1 - decay) * means[1]
 
 
 def mean_over_batch(accelerator: Accelerator, figures: list[dict[str, Tensor]]) -> dict[str, float]:
