@@ -259,6 +259,7 @@ REAL = {
     for module in ("builtins", "__builtin__")
     for kind in (bool, bytearray, bytes, complex, dict, float, frozenset, int, list, set, str, tuple)
 }
+REAL["__builtin__", "long"] = int  # how torch.save, in Python 2's words, writes int
 # Whose objects are bookkeeping, replaced by placeholders. Their code is neither imported nor run.
 BOOKKEEPING = frozenset(
     {
@@ -276,7 +277,15 @@ BOOKKEEPING = frozenset(
     }
 )
 BOOKKEEPING_NAMES = frozenset(
-    {("_codecs", "encode"), ("collections", "defaultdict"), ("copyreg", "_reconstructor"), ("typing", "Any")}
+    {
+        ("_codecs", "encode"),
+        ("collections", "defaultdict"),
+        ("collections", "deque"),
+        ("copyreg", "_reconstructor"),
+        ("datetime", "datetime"),
+        ("datetime", "timedelta"),
+        ("typing", "Any"),
+    }
 )
 
 

@@ -443,7 +443,7 @@ def _llamagen_obstacles(model: VQGANModel) -> dict[str, bool]:
         f"attention at levels {_attention_levels(config)}, not {lowest}": _attention_levels(config) != lowest,
         "mid_block_add_attention=False": not config.mid_block_add_attention,
         "quantizer='gumbel'": config.quantizer == "gumbel",
-        f"num_used_codes={config.num_used_codes}": config.num_used_codes is not None,
+        f"num_used_codes={config.num_used_codes}": config.num_used_codes > 0,
     }
 
 
@@ -464,7 +464,7 @@ def _taming_config(model: VQGANModel, target: str = "taming.models.vqgan.VQModel
     }
     params = {"embed_dim": config.vq_embed_dim, "n_embed": config.num_vq_embeddings, "ddconfig": ddconfig}
     loss = {"target": "taming.modules.losses.vqperceptual.DummyLoss"}
-    if config.num_used_codes is not None:
+    if config.num_used_codes:
         params["remap"] = REMAP_NAME
     if gumbel:
         params["kl_weight"] = config.kl_weight

@@ -276,7 +276,7 @@ class VectorQuantizer(Quantizer):
         if config.entropy_weight:
             self.loss_names = (*self.loss_names, "entropy")
         self.embedding = Codebook(self.num_codes, self.embed_dim)
-        if config.num_used_codes is not None:
+        if config.num_used_codes:
             self.register_buffer("used", torch.arange(config.num_used_codes))
 
     def codebook(self) -> Tensor:
@@ -340,7 +340,7 @@ class VectorQuantizer(Quantizer):
 
     def _used(self) -> Tensor:
         if not hasattr(self, "used"):
-            raise ValueError("num_used_codes=None: this model's codes have the numbers of the codebook and no others.")
+            raise ValueError("num_used_codes=0: this model's codes have the numbers of the codebook and no others.")
         return self.used
 
     def to_codebook(self) -> Tensor:
