@@ -84,6 +84,8 @@ class RecipeParser(HfArgumentParser):
                 return argv[number + 1]
             if flag.startswith("--config="):
                 return flag.removeprefix("--config=")
+        if any(flag.partition("=")[0] == "--init_from" for flag in argv):
+            return None  # the default recipe describes a model, and how to start it
         return self.get_default("config")
 
     def _read_recipe(self, file: Path) -> dict:

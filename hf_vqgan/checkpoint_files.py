@@ -5,6 +5,7 @@ Tensors are mapped from the file, not read: memory is spent on those that are us
 
 import json
 import pickle
+import re
 import types
 import zipfile
 from collections import OrderedDict
@@ -26,6 +27,7 @@ WEIGHT_NAMES = (
     "diffusion_pytorch_model.safetensors.index.json",
     "model.safetensors.index.json",
     "diffusion_pytorch_model.bin",
+    "diffusion_pytorch_model.bin.index.json",
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
     "model.ckpt",
@@ -115,12 +117,21 @@ def read_config(config: dict | str | Path | None) -> dict:
     if not file.is_file():
         raise FileNotFoundError(f"config {file}: no such file.")
     try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8"))  # JSON is YAML
+        values = yaml.load(file.read_text(encoding="utf-8"), Loader=_ConfigLoader)  # JSON is YAML
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"config {file} is neither YAML nor JSON: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"config {file}: expected names and values, found a {type(values).__name__}.")
     return values
+
+
+class _ConfigLoader(yaml.SafeLoader):
+    """Reads 1e-8 as the number that it is in JSON and to OmegaConf. PyYAML wants 1.0e-8, and would give a string."""
+
+
+_ConfigLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
+)
 
 
 def read_checkpoint(file: Path, containers: tuple[str, ...] = ("state_dict", "model")) -> Checkpoint:
@@ -248,6 +259,7 @@ REAL = {
     for module in ("builtins", "__builtin__")
     for kind in (bool, bytearray, bytes, complex, dict, float, frozenset, int, list, set, str, tuple)
 }
+REAL["__builtin__", "long"] = int  # how torch.save, in Python 2's words, writes int
 # Whose objects are bookkeeping, replaced by placeholders. Their code is neither imported nor run.
 BOOKKEEPING = frozenset(
     {
@@ -265,7 +277,15 @@ BOOKKEEPING = frozenset(
     }
 )
 BOOKKEEPING_NAMES = frozenset(
-    {("_codecs", "encode"), ("collections", "defaultdict"), ("copyreg", "_reconstructor"), ("typing", "Any")}
+    {
+        ("_codecs", "encode"),
+        ("collections", "defaultdict"),
+        ("collections", "deque"),
+        ("copyreg", "_reconstructor"),
+        ("datetime", "datetime"),
+        ("datetime", "timedelta"),
+        ("typing", "Any"),
+    }
 )
 
 

@@ -121,8 +121,11 @@ class VQGANTrainingConfig:
 
     # Codebook
     quantize_start: int = option(0, "Steps to train as a plain autoencoder before quantizing.")
-    codebook_init: str = option("data", "Codebook at quantize_start: k-means of latents, or left as it is.",
-                                choices=("data", "none"))  # fmt: skip
+    codebook_init: str | None = option(
+        None,
+        "Codebook at quantize_start: k-means of latents, or left as it is. Default: data, or none with init_from.",
+        choices=("data", "none"),
+    )
     dead_code_restart_steps: int = option(0, "Move codes unused for this many steps onto current latents. 0: never.")
     codebook_window: int = option(100, "Training steps over which perplexity and usage are counted.")
     stop_on_collapse: bool = option(False, "Stop, instead of only warning, when the codebook has collapsed.")
@@ -183,6 +186,8 @@ class VQGANTrainingConfig:
     report_to: str | None = option(None, "Tracker, as Accelerate names it: tensorboard, wandb, trackio, all.")
 
     def __post_init__(self):
+        if self.codebook_init is None:
+            self.codebook_init = "none" if self.init_from else "data"
         check_values(
             self,
             positive=(

@@ -75,6 +75,9 @@ class VQGANConfig(PreTrainedConfig):
         normalize_on_lookup (`bool`, defaults to `False`):
             Codes looked up by index have unit length, although `quantize` compares and returns them at their full
             length (Janus in transformers). Only for `quantizer="vq"` without `codebook_l2_norm`.
+        num_used_codes (`int`, defaults to 0):
+            Length of a list of codes by whose places `quantize.remap_to_used` renumbers indices (taming-transformers'
+            `remap`); 0 for no list. Only for `"vq"` and `"vq_ema"`.
         rotation_trick (`bool`, defaults to `False`): Rotate the gradient from code to latent instead of copying it.
         entropy_weight (`float`, defaults to 0.0):
             Weight of the entropy loss E[H(p)] - H(E[p]). 0 means that codebook quantizers do not compute it.
@@ -125,6 +128,7 @@ class VQGANConfig(PreTrainedConfig):
     codebook_weight: float | int = 1.0
     codebook_l2_norm: bool = False
     normalize_on_lookup: bool = False
+    num_used_codes: int = 0
     rotation_trick: bool = False
     entropy_weight: float | int = 0.0
     entropy_temperature: float | int = 0.01
@@ -222,6 +226,11 @@ class VQGANConfig(PreTrainedConfig):
             raise ValueError(
                 "normalize_on_lookup=True is for quantizer='vq' without codebook_l2_norm, not for "
                 f"quantizer={kind!r} with codebook_l2_norm={self.codebook_l2_norm}."
+            )
+        if not 0 <= self.num_used_codes <= codes or (self.num_used_codes and kind not in ("vq", "vq_ema")):
+            raise ValueError(
+                f"num_used_codes={self.num_used_codes} must be in [0, {codes}], the codebook's size, and is for "
+                f"quantizer='vq' or 'vq_ema', not for {kind!r}."
             )
         composite = kind in ("residual", "grouped")
         if composite != (self.num_codebooks > 1):

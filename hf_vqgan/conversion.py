@@ -14,9 +14,11 @@ from dataclasses import dataclass
 from functools import partial, reduce
 from pathlib import Path
 
+import numpy as np
 import torch
 import yaml
 from diffusers import __version__ as diffusers_version
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers.utils import SAFE_WEIGHTS_NAME, logging
@@ -63,8 +65,7 @@ def recognise(checkpoint: Checkpoint, kind: str | None, format: str) -> tuple[st
     if format != "auto" and format not in FAMILIES:
         raise ValueError(f"format={format!r} is not one of 'auto', {', '.join(map(repr, FAMILIES))}.")
     shapes = checkpoint.shapes
-    prefixes = [prefix for prefix in PREFIXES if any(prefix + anchor in shapes for anchor in ANCHORS)]
-    prefix = prefixes[0] if prefixes else ""
+    prefix = find_prefix(checkpoint)
     names = "\n".join(name.removeprefix(prefix) for name in shapes if name.startswith(prefix))
 
     def fits(family: Family) -> bool:
@@ -86,19 +87,34 @@ def recognise(checkpoint: Checkpoint, kind: str | None, format: str) -> tuple[st
     if by_config:
         return by_config[0], prefix
     if fitting[0] == "taming":
-        # IBQ's moving average has no warm-up, which its count says; all others count up.
+        # IBQ's moving average has no warm-up, which its count says; all others count up. One beside a prefixed
+        # tokenizer is another network's.
         counter = "model_ema.num_updates"
-        if counter in shapes and int(checkpoint.load(counter)) < 0:
+        if kind is None and prefix == "" and counter in shapes and int(checkpoint.load(counter)) < 0:
             return "ibq", prefix
         if prefix == "first_stage_model." or counter in shapes:
             return "ldm", prefix
-        if kind is None:
-            logger.warning(
-                f"{checkpoint.source}: the keys are those of taming-transformers, latent diffusion, IBQ and openMUSE "
-                "alike, and there is no config to tell them apart. Taken as taming-transformers; for IBQ pass "
-                "format='ibq', for openMUSE format='openmuse'."
-            )
+        config = "there is no config" if kind is None else f"the config's {kind!r} is unknown"
+        logger.warning(
+            f"{checkpoint.source}: the keys are those of taming-transformers, latent diffusion, IBQ and openMUSE "
+            f"alike, and {config} to tell them apart. Taken as taming-transformers; for IBQ pass format='ibq', "
+            "for openMUSE format='openmuse'."
+        )
     return fitting[0], prefix
+
+
+def find_prefix(checkpoint: Checkpoint) -> str:
+    """What stands before the tokenizer's names: of several tokenizers that of the earliest in `PREFIXES`."""
+    found = {name.removesuffix(anchor) for name in checkpoint.shapes for anchor in ANCHORS if name.endswith(anchor)}
+    found = {prefix for prefix in found if prefix == "" or prefix.endswith(".")}
+    if known := [prefix for prefix in PREFIXES if prefix in found]:
+        return known[0]
+    if len(found) > 1:
+        raise ValueError(
+            f"{checkpoint.source} holds several autoencoders: {', '.join(sorted(found))}. Save the tensors of one of "
+            "them to a file of its own."
+        )
+    return found.pop() if found else ""
 
 
 def _unknown(checkpoint: Checkpoint, what: str):
@@ -171,6 +187,8 @@ def read_architecture(shapes: dict[str, tuple[int, ...]], family: Family) -> dic
         fields["quantizer"] = "gumbel"
     elif inside("quantize.cluster_size"):
         fields["quantizer"] = "vq_ema"
+    if fields.get("quantizer") != "gumbel":
+        fields["num_used_codes"] = size(0, "quantize.used")
     return {name: value for name, value in fields.items() if value is not None}
 
 
@@ -181,8 +199,7 @@ def read_options(settings: dict, family: Family, source: str) -> dict:
     Raises:
         ValueError: for settings that `VQGANModel` cannot represent.
     """
-    ignores_them = family.fields.get("backbone") == "maskgit"  # as its original does
-    required = {} if ignores_them else REQUIRED_SETTINGS
+    required = {name: values for name, values in REQUIRED_SETTINGS.items() if name not in family.ignored}
     if bad := [f"{name}={settings[name]!r}" for name, allowed in required.items() if settings.get(name) not in allowed]:
         raise ValueError(f"{source}: its config has {', '.join(bad)}, which VQGANModel cannot represent.")
     beta = next((settings[name] for name in ("beta", "commitment_cost", "commit_loss_beta") if name in settings), 0.25)
@@ -219,17 +236,27 @@ def read_config_of(checkpoint: Checkpoint, shapes: dict, family: Family, setting
             f"{checkpoint.source}: its config does not belong to its tensors. The config says, and the tensors say: "
             f"{'; '.join(contradictions)}. Give the right config."
         )
+    if settings.get("remap") and "quantize.used" not in shapes:
+        raise ValueError(
+            f"{checkpoint.source}: its config renumbers the codes by remap={settings['remap']!r}, but the file has no "
+            "tensor quantize.used with the new numbers. Give a config with remap: null to have the codebook's own."
+        )
+    if family.kinds == "^VQModel$" and "norm_num_groups" not in settings:
+        logger.warning(
+            f"{checkpoint.source}: no config says what the tensors do not show. Taken as norm_num_groups=32, "
+            "act_fn='silu', the defaults of diffusers."
+        )
     fields = read_options(settings, family, checkpoint.source) | architecture | family.fields
     if fields.get("quantizer") == "vq_ema":
         fields |= paper_weights(fields["codebook_weight"])  # its only loss is the commitment term, and β is on it
     if family is FAMILIES["llamagen"]:
         fields["codebook_l2_norm"] = settings.get("codebook_l2_norm", True)
     elif family is FAMILIES["ibq"]:
-        fields["codebook_l2_norm"] = bool(settings.get("l2_normalize"))
+        fields.pop("num_used_codes", None)  # there they restrict the choice, too
     fields.setdefault("sample_size", 256)
     try:
         return VQGANConfig(**fields)
-    except ValueError as error:
+    except (ValueError, StrictDataclassError) as error:
         raise ValueError(f"{checkpoint.source}, read as {family.title}: {error}") from error
 
 
@@ -244,7 +271,8 @@ def match_tensors(
     """
     levels = len(model.config.block_out_channels)
     names = {ours: family.name(ours, levels) for ours in model.state_dict()}
-    sources = {ours: prefix + (shadow(name) if shadow else name) for ours, name in names.items()}
+    averaged = {ours for ours, weight in model.named_parameters() if weight.requires_grad} if shadow else set()
+    sources = {ours: prefix + (shadow(name) if ours in averaged else name) for ours, name in names.items()}
     missing, misshapen = [], []
     for ours, tensor in model.state_dict().items():
         source, expected = sources[ours], family.shape(ours, tuple(tensor.shape))
@@ -325,9 +353,10 @@ def load_original(
     tensors = {
         ours: checkpoint.load(sources[ours]).reshape(tensor.shape) for ours, tensor in model.state_dict().items()
     }
-    # One dtype for all: that of the file, or the widest of several
-    dtype = reduce(torch.promote_types, {tensor.dtype for tensor in tensors.values()})
-    model.load_state_dict({name: tensor.to(dtype) for name, tensor in tensors.items()}, assign=True)
+    # One dtype for all weights: that of the file, or the widest of several
+    dtype = reduce(torch.promote_types, {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()})
+    tensors = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
+    model.load_state_dict(tensors, assign=True)
     model.config.dtype = dtype
     return model.eval()
 
@@ -348,7 +377,7 @@ def export_original(model: VQGANModel, format: str) -> tuple[dict[str, Tensor], 
     tensors = {
         family.name(ours, levels): tensor.detach().reshape(family.shape(ours, tensor.shape))
         for ours, tensor in model.state_dict().items()
-        if model.config.quantizer == "gumbel" or not ours.startswith("quantize.")
+        if model.config.quantizer == "gumbel" or ours == "quantize.used" or not ours.startswith("quantize.")
     }
     if model.config.quantizer != "gumbel":
         tensors["quantize.embedding.weight"] = export.codebook(model)
@@ -416,6 +445,7 @@ def _llamagen_obstacles(model: VQGANModel) -> dict[str, bool]:
         f"attention at levels {_attention_levels(config)}, not {lowest}": _attention_levels(config) != lowest,
         "mid_block_add_attention=False": not config.mid_block_add_attention,
         "quantizer='gumbel'": config.quantizer == "gumbel",
+        f"num_used_codes={config.num_used_codes}": config.num_used_codes > 0,
     }
 
 
@@ -436,6 +466,8 @@ def _taming_config(model: VQGANModel, target: str = "taming.models.vqgan.VQModel
     }
     params = {"embed_dim": config.vq_embed_dim, "n_embed": config.num_vq_embeddings, "ddconfig": ddconfig}
     loss = {"target": "taming.modules.losses.vqperceptual.DummyLoss"}
+    if config.num_used_codes:
+        params["remap"] = REMAP_NAME
     if gumbel:
         params["kl_weight"] = config.kl_weight
         target = "taming.models.vqgan.GumbelVQ"
@@ -488,7 +520,12 @@ class Export:
     codebook: Callable[[VQGANModel], Tensor] = lambda model: model.quantize.to_codebook().to(model.dtype)
 
 
+REMAP_NAME = "used.npy"  # read by taming-transformers' quantizer from the working directory
+
+
 def _save_torch(tensors: dict[str, Tensor], config: dict, folder: Path, container: str, names: tuple[str, str]) -> None:
+    if "quantize.used" in tensors:
+        np.save(folder / REMAP_NAME, tensors["quantize.used"].numpy())
     torch.save({container: {name: tensor.contiguous() for name, tensor in tensors.items()}}, folder / names[0])
     (folder / names[1]).write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
 

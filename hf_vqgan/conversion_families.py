@@ -67,6 +67,15 @@ def paper_weights(beta: float) -> dict:
     return {"commitment_weight": beta, "codebook_weight": 1.0}
 
 
+def double_quantization_weights(beta: float) -> dict:
+    """
+    Loss weights of SEED-Voken's IBQ, whose quantizer adds |z - q|² to taming-transformers' legacy pair (`quant_loss` in
+    https://github.com/TencentARC/SEED-Voken/blob/main/src/IBQ/modules/vqvae/quantize.py). That third term pulls latents
+    and codes alike. What it sends through the soft choice besides has no place in the two weights.
+    """
+    return {"commitment_weight": 2.0, "codebook_weight": 1 + beta}
+
+
 @dataclass(frozen=True)
 class Family:
     """
@@ -83,6 +92,7 @@ class Family:
         shadow: Where the moving average of a weight is stored.
         prefers_shadow: Whether the original evaluates with it.
         attentions_needed: Attention layers below which the original has a level's weights but never runs them.
+        ignored: Settings that the original takes and never reads.
     """
 
     title: str
@@ -97,6 +107,7 @@ class Family:
     shadow: Callable[[str], str] | None = None
     prefers_shadow: bool = False
     attentions_needed: int = 1
+    ignored: tuple[str, ...] = ()
 
     def name(self, ours: str, levels: int | None = None) -> str:
         """The original's name of our `ours`; without the number of decoder `levels`, they count as stored."""
@@ -125,7 +136,7 @@ _taming = Family(
     names=TAMING_NAMES,
     keys=(r"encoder\.down\.\d+\.block\.", r"encoder\.mid\.block_1\.", r"decoder\.up\.\d+\.block\."),
     kinds=r"^taming\.",
-    bookkeeping=(r"loss\.", r"model_ema\."),
+    bookkeeping=(r"loss\.", r"model_ema\.", r"colorize$"),
     shadow=flat_shadow,
 )
 # In this order: the first whose keys fit is taken unless a config says otherwise.
@@ -144,10 +155,11 @@ FAMILIES = {
     "ibq": replace(
         _taming,
         title="SEED-Voken IBQ",
-        kinds=r"\bIBQ\b",
+        kinds=r"(^|\.)IBQ$",  # and not the VQModel beside it, which takes the nearest code
         fields={"quantizer": "ibq"},
-        losses=paper_weights,
+        losses=double_quantization_weights,
         prefers_shadow=True,
+        ignored=("cosine_similarity", "l2_normalize"),
     ),
     "openmuse": replace(
         _taming,
@@ -173,6 +185,7 @@ FAMILIES = {
         keys=(r"encoder\.down\.\d+\.block\.", r"encoder\.mid\.\d+\.norm1\.", r"decoder\.up\.\d+\.block\."),
         kinds=r"^MaskGitVQGAN$",
         fields={"pixel_range": (0, 1), "backbone": "maskgit"},
+        ignored=("resample_with_conv",),
     ),
     "chameleon": Family(
         title="Chameleon VQ (transformers)",
@@ -216,9 +229,11 @@ ANCHORS = ("encoder.conv_in.weight", "encoder.conv_in.bias", "encoder.conv_out.w
 # What stands against a checkpoint although its model's other keys are known: (pattern, reason)
 NOT_REPRESENTED = (
     (r"attn.*\.to_(qkv|out)\.", "linear attention"),
-    (r"^quantize\.used$", "indices renumbered by taming-transformers' `remap`"),
+    (r"^quantize\.used$", "`remap` in a quantizer that then chooses among fewer codes"),
     (r"norm\w*\.conv\.", "spatial norms with a convolution of their own (`add_conv`)"),
     (r"\.block\.\d+\.conv_shortcut\.", "3x3 convolutions as shortcuts"),
+    (r"\.extra_mid_res_blocks\.", "more than two residual blocks in the middle"),
+    (r"\.temb_proj\.", "time embeddings"),
 )
 # Settings of original configs that change the computation but not the keys: (name, the only value represented)
 REQUIRED_SETTINGS = {
@@ -227,7 +242,7 @@ REQUIRED_SETTINGS = {
     "double_z": (False, None),
     "double_latent": (False, None),
     "give_pre_end": (False, None),
-    "remap": (None,),
+    "l2_normalize": (False, None),
     "resamp_with_conv": (True, None),
     "resample_with_conv": (True, None),
     "tanh_out": (False, None),

@@ -275,6 +275,8 @@ class VectorQuantizer(Quantizer):
         if config.entropy_weight:
             self.loss_names = (*self.loss_names, "entropy")
         self.embedding = Codebook(self.num_codes, self.embed_dim)
+        if config.num_used_codes:
+            self.register_buffer("used", torch.arange(config.num_used_codes))
 
     def codebook(self) -> Tensor:
         """The effective codes `(K, D)`, in float32 or better, with their gradient."""
@@ -308,6 +310,37 @@ class VectorQuantizer(Quantizer):
     def code_vectors(self, indices: Tensor) -> Tensor:
         vectors = F.embedding(indices, self.codebook())
         return F.normalize(vectors, dim=-1) if self.normalize_on_lookup else vectors
+
+    def remap_to_used(self, indices: Tensor, unknown: str | int = "random") -> Tensor:
+        """
+        Indices to their places in `used`, the numbers that a transformer trained with taming-transformers' `remap` has.
+
+        Args:
+            indices (`Tensor`): Of any shape, as `forward` returns them.
+            unknown (`str` or `int`, defaults to `"random"`):
+                For codes not in `used`: a random place each, as in the original; `"extra"` for the number `len(used)`;
+                or a place.
+        """
+        used = self._used()
+        order = used.argsort(stable=True)
+        places = order[torch.searchsorted(used[order], indices).clamp(max=len(used) - 1)]
+        if unknown == "random":
+            others = torch.randint_like(places, len(used))
+        else:
+            others = torch.full_like(places, len(used) if unknown == "extra" else unknown)
+        return torch.where(used[places] == indices, places, others)
+
+    def unmap_to_all(self, places: Tensor) -> Tensor:
+        """The inverse of `remap_to_used`; as in the original, `len(used)`, the extra number, becomes `used[0]`."""
+        used = self._used()
+        if places.min() < 0 or places.max() > len(used):
+            raise ValueError(f"indices span [{places.min()}, {places.max()}] but {len(used)} codes are in use.")
+        return used[torch.where(places == len(used), 0, places)]
+
+    def _used(self) -> Tensor:
+        if not hasattr(self, "used"):
+            raise ValueError("num_used_codes=0: this model's codes have the numbers of the codebook and no others.")
+        return self.used
 
     def to_codebook(self) -> Tensor:
         # On the sphere, too: for codes of equal length the nearest to z is the nearest to z/|z|.

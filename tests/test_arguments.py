@@ -53,6 +53,14 @@ def test_another_dataset_discards_the_recipes_description_of_its_own(recipe):
     assert options == Options()
 
 
+def test_a_model_to_start_from_discards_the_default_recipe(recipe):
+    """The recipe's architecture is another one, and its settings would start the codebook anew."""
+    parser = RecipeParser((VQGANTrainingConfig, ModelArguments), default_recipe=RECIPES[0])
+    config, model, _ = parser.parse(["--init_from", "tokenizer", "--dataset_name", "mine"])
+    assert config == VQGANTrainingConfig(init_from="tokenizer", dataset_name="mine") and given(model) == {}
+    assert config.codebook_init == "none"
+
+
 @pytest.mark.parametrize(
     "text, argv, message",
     [

@@ -40,6 +40,8 @@ def test_misspelt_field_is_reported_with_the_right_name():
         ({"stem_channels": 48}, r"does not divide.*\[48\] in stem_channels=48"),
         ({"decoder_block_out_channels": (32,)}, "decoder_block_out_channels has 1 entries"),
         ({"normalize_on_lookup": True, "quantizer": "ibq"}, "normalize_on_lookup=True is for quantizer='vq'"),
+        ({"num_used_codes": 9000}, r"num_used_codes=9000 must be in \[0, 8192\]"),
+        ({"num_used_codes": 3, "quantizer": "ibq"}, "num_used_codes=3 .* not for 'ibq'"),
     ],
 )
 def test_contradictions_are_named(fields, message):

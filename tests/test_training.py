@@ -373,7 +373,7 @@ def test_collapse_is_warned_of_once_or_stops_the_run(image_folder, random_trunk,
 def test_fine_tuning_starts_from_the_given_model(image_folder, random_trunk, tmp_path, tiny_model):
     tiny_model.save_pretrained(tmp_path / "pretrained")
     config = run_config(image_folder, random_trunk, tmp_path / "run", init_from=str(tmp_path / "pretrained"),
-                        max_train_steps=1, learning_rate=0.0, quantize_start=0, codebook_init="none")  # fmt: skip
+                        max_train_steps=1, learning_rate=0.0, quantize_start=0)  # fmt: skip
     train(config, tiny_model.config)
     tuned = VQGANModel.from_pretrained(tmp_path / "run").state_dict()
     assert all(torch.equal(tuned[name], tensor) for name, tensor in tiny_model.state_dict().items())
