@@ -105,7 +105,7 @@ class Browser:
         """The first element, once it is there."""
         return self.wait(lambda: self.driver.find_elements("css selector", selector), selector)[0]
 
-    def wait(self, condition, what: str, seconds: float = 60):
+    def wait(self, condition, what: str, seconds: float = 120):
         end = time.monotonic() + seconds
         while not (result := condition()):
             assert time.monotonic() < end, f"waited in vain for {what}; the page says: {self.find('body').text}"
@@ -115,6 +115,13 @@ class Browser:
     def open_tab(self, name: str) -> None:
         tabs = self.driver.find_elements("css selector", "button[role=tab]")
         next(tab for tab in tabs if tab.text == name).click()
+
+    def type(self, component: str, text: str) -> None:
+        """Replace the text in a box."""
+        box = self.find(f"#{component} input")
+        box.click()
+        box.send_keys(self.selenium.Keys.CONTROL, "a")
+        box.send_keys(text)
 
     def upload(self, component: str, file: Path) -> None:
         self.find(f"#{component} input[type=file]").send_keys(str(file))
@@ -131,6 +138,7 @@ class Browser:
     def click(self, component: str, x: float, y: float) -> None:
         """Click on a picture at a share of its width and height."""
         image = self.find(f"#{component} img")
+        self.wait(lambda: image.get_attribute("naturalWidth") != "0", f"the picture in #{component} to load")
         scale = min(
             image.size[side] / int(image.get_attribute(f"natural{side.title()}")) for side in ("width", "height")
         )
@@ -156,6 +164,7 @@ def browser(folder, tmp_path_factory):
     browser = Browser(tmp_path_factory.mktemp("chromium"))
     server = Server(APP, folder / "model", "--pipeline", folder / "pipeline", folder=tmp_path_factory.mktemp("server"))
     browser.driver.get(server.address)
+    browser.find("#about strong")  # the page has spoken with the server
     yield browser
     browser.driver.quit()
     server.close()
@@ -220,14 +229,10 @@ def test_walk_in_a_browser(browser, trained_model, folder):
 
 def test_sampling_in_a_browser(browser, tiny_pipeline):
     browser.open_tab("Sample")
-    for component in ("steps", "count"):
-        box = browser.find(f"#{component} input[type=number]")
-        box.clear()
-        box.send_keys("2\t")
-    label = browser.find("#class input")
-    label.click()
-    label.send_keys("dog\n")
-    browser.wait(lambda: label.get_attribute("value") == "1 dog", "the class")
+    browser.type("steps", "2\t")
+    browser.type("count", "2\t")
+    browser.type("class", "dog\n")
+    browser.wait(lambda: browser.find("#class input").get_attribute("value") == "1 dog", "the class")
     browser.find("#draw").click()
     expected = playground.sample_images(tiny_pipeline, 2, 1, num_inference_steps=2, guidance_scale=2.0)[0]
     picture = browser.picture("samples")
@@ -237,9 +242,7 @@ def test_sampling_in_a_browser(browser, tiny_pipeline):
 
 
 def test_bad_names_are_explained_in_a_browser(browser, tmp_path):
-    box = browser.find("#model input")
-    box.clear()
-    box.send_keys(f"{tmp_path}/nowhere\n")
+    browser.type("model", f"{tmp_path}/nowhere\n")
     browser.wait(lambda: "nowhere" in browser.find(".toast-body").text, "a message")
 
 
