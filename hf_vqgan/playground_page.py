@@ -277,7 +277,7 @@ def _sample_tab(page: gr.Blocks, pipelines: list[str], any_name: bool) -> None:
         steps = gr.Slider(1, 200, 30, step=1, label="Steps", elem_id="steps")
         count = gr.Slider(1, 16, 4, step=1, label="Pictures", elem_id="count")
     button = gr.Button("Sample", variant="primary", elem_id="draw")
-    pictures = gr.Gallery(label="Samples", columns=4, height="auto", format="png", elem_id="samples")
+    pictures = gr.Gallery(label="Samples", show_label=False, columns=4, height="auto", format="png", elem_id="samples")
     _on([page.load, name.change], _list_classes, [name], [label])
     _on([button.click], _sample, [name, label, guidance, seed, steps, count], [pictures])
 

@@ -314,6 +314,8 @@ def test_strangers_read_nothing_but_uploads(space, folder):
         answer = httpx.get(f"{space.address}/gradio_api/file={path}")
         assert answer.status_code in (403, 404), path
         assert not space.visit("original", "change", "user/model", picture_at(str(path)), 256), path
+    inside = f"{space.address}/gradio_api/file={uploaded}"  # an address only the server may reach
+    assert not space.visit("original", "change", "user/model", picture_at(inside), 256)
 
 
 @pytest.mark.parametrize(
