@@ -15,21 +15,21 @@ from torchvision.utils import make_grid
 from .modeling_vqgan import VQGANModel
 
 
-def first_codebook(model: VQGANModel) -> Tensor:
-    """The codes `(K, D)`, float32; of several codebooks the first, with code 0 of the others."""
+def codebook_vectors(model: VQGANModel, codebook: int = 0) -> Tensor:
+    """The codes `(K, D)` of one codebook, float32; if there are several, with code 0 of the others."""
     quantizer = model.quantize
     indices = torch.arange(quantizer.num_codes, device=model.device)
     if quantizer.num_codebooks > 1:
-        indices = F.pad(indices[:, None], (0, quantizer.num_codebooks - 1))
+        indices = F.pad(indices[:, None], (codebook, quantizer.num_codebooks - 1 - codebook))
     return quantizer.code_vectors(indices).detach().float()
 
 
-def code_colours(model: VQGANModel) -> Tensor:
+def code_colours(model: VQGANModel, codebook: int = 0) -> Tensor:
     """
-    One RGB colour in [-1, 1] per code of the first codebook, `(K, 3)`: its coordinates along the codebook's three
-    principal axes, ranked, so that similar codes look alike and every shade is used.
+    One RGB colour in [-1, 1] per code of a codebook, `(K, 3)`: its coordinates along the codebook's three principal
+    axes, ranked, so that similar codes look alike and every shade is used.
     """
-    codes = first_codebook(model)
+    codes = codebook_vectors(model, codebook)
     ranks = principal_coordinates(codes, 3).argsort(dim=0).argsort(dim=0)
     return ranks.float() / max(len(codes) - 1, 1) * 2 - 1
 
@@ -163,7 +163,7 @@ def draw_codebook(model: VQGANModel, counts: Tensor, rows: list[dict[str, float]
     over_time.axhline(model.quantize.num_codes, color="grey", linewidth=0.5)
     over_time.set(title="perplexity (grey: all codes)", xlabel="training step", ylim=(0, None))
     used = counts.view(model.quantize.num_codebooks, -1)[0]
-    x, y = principal_coordinates(first_codebook(model), 2).cpu().unbind(dim=1)
+    x, y = principal_coordinates(codebook_vectors(model), 2).cpu().unbind(dim=1)
     map_of_codes.scatter(x[used == 0], y[used == 0], s=4, color="lightgrey")
     dots = map_of_codes.scatter(x[used > 0], y[used > 0], s=4, c=(used[used > 0] / used.sum()).log10())
     figure.colorbar(dots, ax=map_of_codes, label="log10 share of positions")

@@ -11,10 +11,11 @@ import lpips
 import numpy as np
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 from PIL import Image
 from safetensors.torch import save_file
 
-from hf_vqgan import VQGANConfig, VQGANModel
+from hf_vqgan import VQGANConfig, VQGANLatentDiffusionPipeline, VQGANModel
 from hf_vqgan.losses import LPIPS
 from hf_vqgan.lpips_weights import NETWORKS
 
@@ -74,6 +75,16 @@ def trained_model() -> VQGANModel:
         loss.backward()
         optimizer.step()
     return model.eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="session")
+def tiny_pipeline(trained_model) -> VQGANLatentDiffusionPipeline:
+    """An untrained pipeline of three classes for 16-pixel images. Not to be changed."""
+    from test_pipelines import tiny_unet  # which imports this file
+
+    torch.manual_seed(0)
+    names = {0: "cat", 1: "dog", 2: "bird"}
+    return VQGANLatentDiffusionPipeline(trained_model, tiny_unet(3), FlowMatchEulerDiscreteScheduler(), names)
 
 
 @pytest.fixture
