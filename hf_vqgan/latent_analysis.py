@@ -21,6 +21,7 @@ from .latent_space import (
     PixelDistance,
     bootstrap,
     equivariance_error,
+    exchange_code,
     high_frequency_share,
     jump_share,
     kernel_distance,
@@ -363,10 +364,9 @@ def codes(subject: Subject) -> dict[str, Measure]:
     for context in indices[: config.consistency_contexts].split(1):
         row, column = (int(torch.randint(side, (), generator=generator)) for side in context.shape[1:3])
         drawn = used[torch.randperm(len(used), generator=generator)[: config.consistency_codes].to(used.device)]
+        images = subject.decode_indices(exchange_code(context, row, column, drawn))
         for suffix, (distance, _) in ways.items():
-            correlations[suffix].append(
-                neighbour_consistency(subject.decode_indices, distance, context, row, column, drawn, codebook)
-            )
+            correlations[suffix].append(neighbour_consistency(distance, images, codebook[drawn]))
     protocol = (
         f"pairs of {config.consistency_codes} used codes at one position of an image, distance in the codebook and"
     )
@@ -482,6 +482,8 @@ def diffusability(subject: Subject) -> dict[str, Measure]:
         ema_decay=0.99,
         max_train_steps=config.diffusion_steps,
         sample_steps=config.diffusion_steps,
+        sample_images=1,  # a picture that nobody will see
+        sample_inference_steps=1,
         checkpointing_steps=config.diffusion_steps,
         seed=config.seed,
     )

@@ -10,7 +10,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as tvF
 from torchvision.utils import make_grid
 
-from .latent_space import Measure, Network, lerp, nearest_codes, slerp
+from .latent_space import Measure, Network, exchange_code, lerp, nearest_codes, slerp
 from .pictures import principal_coordinates
 
 MIN_SIDE = 64  # smaller images are enlarged
@@ -65,11 +65,11 @@ def draw_walk(decoders: Mapping[str, Network], latents: Tensor, frames: int = 12
 
 
 def draw_neighbourhoods(
-    decode_indices: Network, codebook: Tensor, context: Tensor, rows: int = 8, neighbours: int = 8
+    decode_indices: Network, codebook: Tensor, context: Tensor, rows: int = 6, neighbours: int = 8, window: int = 5
 ) -> Image.Image:
     """
-    Codes of one image and their nearest codes, nearest first, the codes themselves on the left: each as the centre of
-    an area filled with it, and each in the image, in place of all positions that have the code of the row.
+    Codes of one image and their nearest codes, nearest first, the codes themselves on the left: each as an area filled
+    with it, and each at one position of the image, of which the `window` x `window` positions around it are shown.
 
     Args:
         decode_indices (`Network`): Codes `(B, h, w, n)` to pixels.
@@ -79,19 +79,27 @@ def draw_neighbourhoods(
     numbers, counts = context[..., 0].unique(return_counts=True)
     numbers = numbers[counts.argsort(descending=True)[:rows]]
     near = nearest_codes(codebook, numbers, min(neighbours, len(codebook) - 1))
+    height, width = context.shape[1:3]
     strips = []
     for code, others in zip(numbers.tolist(), near, strict=True):
         family = torch.cat([others.new_tensor([code]), others])
         areas = context.repeat(len(family), 1, 1, 1)
         areas[..., 0] = family[:, None, None]
-        placed = context.repeat(len(family), 1, 1, 1)
-        placed[..., 0] = torch.where(context[..., 0] == code, family[:, None, None], context[..., 0])
-        share = float((context[..., 0] == code).float().mean())
         filled = decode_indices(areas)
-        side = filled.shape[2] // 4  # away from the border, which looks different
-        filled = F.interpolate(filled[..., side : 3 * side, side : 3 * side], size=filled.shape[2:], mode="nearest")
-        strips.append((f"code {code} and its nearest, as an area", filled))
-        strips.append((f"code {code} ({share:.0%} of the image) and its nearest, in its place", decode_indices(placed)))
+        # Of the positions that have the code, the one nearest the middle.
+        places = (context[0, ..., 0] == code).nonzero()
+        offsets = places - torch.tensor([height // 2, width // 2], device=places.device)
+        row, column = places[offsets.square().sum(dim=1).argmin()].tolist()
+        placed = decode_indices(exchange_code(context, row, column, family))
+        factor = placed.shape[2] // height
+        top, left = (
+            min(max(at - window // 2, 0), max(side - window, 0)) * factor
+            for at, side in ((row, height), (column, width))
+        )
+        size = placed.shape[2:]
+        crops = [images[..., top : top + window * factor, left : left + window * factor] for images in (filled, placed)]
+        as_area, in_place = (F.interpolate(crop, size=size, mode="nearest") for crop in crops)
+        strips += [(f"code {code} and its nearest codes, as an area", as_area), ("... at one position", in_place)]
     return draw_strips(strips)
 
 

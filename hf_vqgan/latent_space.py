@@ -320,25 +320,24 @@ def shift_stability(encode_indices: Network, pixels: Tensor, shift: int, factor:
 # Structure
 
 
-def neighbour_consistency(
-    decode_indices: Network, distance: Distance, context: Tensor, row: int, column: int, codes: Tensor, codebook: Tensor
-) -> float:
-    """
-    Spearman's rank correlation, over all pairs of `codes` `(M,)`, of two codes' distance in the codebook with the
-    distance of the images that result from putting one or the other at one position of `context` `(1, h, w, n)`. 1:
-    near codes look alike, far ones different; 0: the distance says nothing. NaN if the decoder ignores the position.
-    """
+def exchange_code(context: Tensor, row: int, column: int, codes: Tensor) -> Tensor:
+    """`context` `(1, h, w, n)` with each of `codes` `(M,)` of the first codebook at one position: `(M, h, w, n)`."""
     variants = context.repeat(len(codes), 1, 1, 1)
     variants[:, row, column, 0] = codes
-    features = distance.features(decode_indices(variants))
-    first, second = torch.triu_indices(len(codes), len(codes), offset=1, device=codes.device)
-    seen = torch.cat(
-        [
-            distance.distance([f[a] for f in features], [f[b] for f in features])
-            for a, b in zip(first.split(64), second.split(64), strict=True)
-        ]
-    )
-    apart = (codebook[codes[first]] - codebook[codes[second]]).square().sum(dim=1)
+    return variants
+
+
+def neighbour_consistency(distance: Distance, images: Tensor, vectors: Tensor, chunk: int = 64) -> float:
+    """
+    Spearman's rank correlation, over all pairs of M codes, of the distance of their `vectors` `(M, D)` with that of
+    `images` `(M, 3, H, W)`, which differ in that code alone. 1: near codes look alike, far ones different; 0: the
+    distance says nothing. NaN if the images are all the same.
+    """
+    features = distance.features(images)
+    first, second = torch.triu_indices(len(images), len(images), offset=1, device=images.device)
+    parts = zip(first.split(chunk), second.split(chunk), strict=True)
+    seen = torch.cat([distance.distance([f[a] for f in features], [f[b] for f in features]) for a, b in parts])
+    apart = (vectors[first] - vectors[second]).square().sum(dim=1)
     if seen.max() == seen.min() or apart.max() == apart.min():
         return float("nan")
     return float(spearman_corrcoef(seen.float(), apart.float()))

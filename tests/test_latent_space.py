@@ -16,6 +16,7 @@ from hf_vqgan.latent_space import (
     PixelDistance,
     bootstrap,
     equivariance_error,
+    exchange_code,
     high_frequency_share,
     jump_share,
     kernel_distance,
@@ -219,10 +220,8 @@ def test_codes_that_look_as_they_lie():
     context = torch.zeros(1, 3, 3, 1, dtype=torch.int64)
 
     def measure(looks):
-        def decode(indices):
-            return looks[indices[..., 0]].permute(0, 3, 1, 2).expand(-1, 3, -1, -1)
-
-        return neighbour_consistency(decode, DISTANCE, context, 1, 2, codes, codebook)
+        images = looks[exchange_code(context, 1, 2, codes)[..., 0]].permute(0, 3, 1, 2).expand(-1, 3, -1, -1)
+        return neighbour_consistency(DISTANCE, images, codebook[codes], chunk=5)
 
     assert measure(3 * codebook) == pytest.approx(1)
     assert abs(measure(torch.randn(12, 1))) < 0.5  # names that say nothing
@@ -261,7 +260,7 @@ def test_spectra_of_known_fields():
     frequency = (torch.fft.fftfreq(32)[:, None].square() + torch.fft.fftfreq(32).square()).sqrt()
     frequency[0, 0] = 1
     pink = torch.fft.ifft2(torch.fft.fft2(noise) / frequency).real
-    assert spectral_slope(pink).mean().item() == pytest.approx(-2, abs=0.1)
+    assert spectral_slope(pink).mean().item() == pytest.approx(-2, abs=0.2)
 
 
 def test_participation_ratio():
@@ -331,7 +330,7 @@ def test_analysis_leaves_figures_and_pictures(tiny_model, image_folder, small_an
               "index_stability_stride_shift", "code_neighbour_consistency", "equivariance_scale", "effective_dimension",
               "latent_high_frequency_share", "diffusion_loss", "gfid")  # fmt: skip
     assert not set(wanted) - figures.keys()
-    assert report["skipped"] == {"probe": "the dataset has no label column, or several: --label_column"}
+    assert report["skipped"] == {"probe": "there are no two classes with five images each: more --max_samples"}
     assert report["settings"]["feature_extractor"].startswith("LPIPS alex")
     # The model's own scaling factors are as before the diffusion was trained.
     assert VQGANModel.from_pretrained(tmp_path / "model").config.scaling_factor == 0.8
