@@ -302,9 +302,14 @@ def frechet_measures(subject: Subject, name: str, decoded: Tensor, protocol: str
         return max(0.0, frechet_distance(*moments))
 
     low = bootstrap(
-        distance, project(real, dimension), project(fake, dimension), resamples=200, seed=subject.config.seed
+        distance,
+        project(real, dimension),
+        project(fake, dimension),
+        resamples=200,
+        seed=subject.config.seed,
+        recentre=True,
     )
-    kernel = bootstrap(kernel_distance, real, fake, resamples=200, seed=subject.config.seed)
+    kernel = bootstrap(kernel_distance, real, fake, resamples=200, seed=subject.config.seed, recentre=True)
     features = f"{protocol}; {subject.extractor.name}"
     return {
         f"{name}fid": Measure(
@@ -453,7 +458,7 @@ def dimension(subject: Subject) -> dict[str, Measure]:
         mean = means.mean(dim=0)
         return participation_ratio(moments.mean(dim=0) - torch.outer(mean, mean))
 
-    found = bootstrap(ratio, moments, means, resamples=200, seed=subject.config.seed)
+    found = bootstrap(ratio, moments, means, resamples=200, seed=subject.config.seed, recentre=True)
     protocol = "participation ratio of the channels' covariance over images and positions"
     return {"effective_dimension": Measure(*found, "dimensions", "higher", len(moments), protocol)}
 

@@ -70,9 +70,9 @@ def analyze(model_name: str, dataset_name: str, config: LatentAnalysisConfig) ->
 def save_pictures(subject: Subject, folder: Path) -> None:
     """interpolations.png, principal_colours.png, walk.gif and, of models with codes, neighbourhoods.png."""
     discrete = subject.autoencoder.is_discrete
-    decoders = {"continuous latents": subject.decode_centred}
+    decoders = {"continuous": subject.decode_centred}
     if discrete:
-        decoders["quantized on the way"] = subject.decode_centred_quantized
+        decoders["quantized"] = subject.decode_centred_quantized
     pictures = {
         "interpolations.png": draw_interpolations(decoders, subject.centred, subject.pixels),
         "principal_colours.png": draw_principal_colours(subject.pixels, subject.latents),

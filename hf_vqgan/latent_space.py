@@ -64,12 +64,15 @@ Distance = LPIPS | PixelDistance
 
 
 def bootstrap(
-    statistic: Callable[..., float], *samples: Tensor, resamples: int = 1000, seed: int = 0
+    statistic: Callable[..., float], *samples: Tensor, resamples: int = 1000, seed: int = 0, recentre: bool = False
 ) -> tuple[float, float, float]:
     """
     `statistic(*samples)` and its 95 % confidence interval: percentiles over resamplings, with replacement, of the rows
-    of `samples`, together, shifted so that their mean is the value. (A Fréchet distance is larger on every resampling,
-    since that holds fewer different images; unshifted, the interval would miss the value. A mean is not shifted.)
+    of `samples`, together.
+
+    Args:
+        recentre (`bool`): Shift the interval so that the resamplings' mean falls on the value. For statistics that
+            resampling itself moves: a Fréchet distance grows, because a resampling holds fewer different images.
 
     Returns:
         `(float, float, float)`: Value, lower and upper bound.
@@ -82,10 +85,8 @@ def bootstrap(
         rows = torch.randint(count, (count,), generator=generator).to(samples[0].device)
         draws.append(float(statistic(*(sample[rows] for sample in samples))))
     draws = torch.tensor(draws, dtype=torch.float64)
-    draws = draws[draws.isfinite()]  # a correlation of resampled rows that are all equal has no value
-    if not len(draws):
-        return value, value, value
-    low, high = torch.quantile(draws - draws.mean() + value, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    shift = value - draws.mean() if recentre else 0.0
+    low, high = torch.quantile(draws + shift, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return value, low, high
 
 
