@@ -1,5 +1,6 @@
 """Everything `latent_space.py` can measure about one model on one dataset, as numbers with intervals."""
 
+import copy
 import math
 import tempfile
 from collections.abc import Callable
@@ -301,7 +302,7 @@ def frechet_measures(subject: Subject, name: str, decoded: Tensor, protocol: str
             moments[-1].update(features)
         return max(0.0, frechet_distance(*moments))
 
-    low = bootstrap(
+    frechet = bootstrap(
         distance,
         project(real, dimension),
         project(fake, dimension),
@@ -313,7 +314,7 @@ def frechet_measures(subject: Subject, name: str, decoded: Tensor, protocol: str
     features = f"{protocol}; {subject.extractor.name}"
     return {
         f"{name}fid": Measure(
-            *low, "Fréchet distance", "lower", len(real), f"{features}; {dimension} random projections"
+            *frechet, "Fréchet distance", "lower", len(real), f"{features}; {dimension} random projections"
         ),
         f"{name}kid": Measure(*kernel, "MMD²", "lower", len(real), f"{features}; unbiased, cubic kernel"),
     }
@@ -466,54 +467,61 @@ def dimension(subject: Subject) -> dict[str, Measure]:
 def diffusability(subject: Subject) -> dict[str, Measure]:
     if not subject.autoencoder.is_discrete:
         raise NotApplicable("only VQGANModels have a diffusion trainer here")
-    config, model = subject.config, subject.autoencoder.model
-    side = subject.latents.shape[2]
-    settings = dict(
-        dataset_name=subject.diffusion_dataset,
-        dataset_config_name=config.dataset_config_name,
-        dataset_revision=config.dataset_revision,
-        cache_dir=config.cache_dir,
-        train_split=config.diffusion_train_split,
-        image_column=config.image_column,
-        resolution=subject.pixels.shape[2],
-        resize=config.resize,
-        block_out_channels=[64, 128] if side % 2 == 0 else [64],
-        layers_per_block=1,
-        attention_levels=1,
-        attention_head_dim=32,
-        train_batch_size=32,
-        learning_rate=1e-3,
-        lr_warmup_steps=min(50, config.diffusion_steps),
-        ema_decay=0.99,
-        max_train_steps=config.diffusion_steps,
-        sample_steps=config.diffusion_steps,
-        sample_images=1,  # a picture that nobody will see
-        sample_inference_steps=1,
-        checkpointing_steps=config.diffusion_steps,
-        seed=config.seed,
-    )
-    with tempfile.TemporaryDirectory() as folder:
-        # Whatever the model's own factors say: all spaces are diffused at zero mean and unit variance.
-        scaling = {name: getattr(model.config, name) for name in ("scaling_factor", "shift_factor")}
-        model.config.scaling_factor, model.config.shift_factor = 1 / subject.std, float(subject.latents.mean())
-        model.save_pretrained(f"{folder}/model")
-        with torch.enable_grad():
-            train_latent_diffusion(
-                LatentDiffusionConfig(vqgan=f"{folder}/model", output_dir=f"{folder}/run", **settings)
-            )
-        pipeline = DiffusionPipeline.from_pretrained(f"{folder}/run").to(subject.latents.device)
-        losses = heldout_denoising_losses(subject, pipeline)
-        for name, value in scaling.items():
-            setattr(model.config, name, value)
-    pipeline.set_progress_bar_config(disable=True)
+    config = subject.config
+    channels = [64, 128] if subject.latents.shape[2] % 2 == 0 else [64]
+    pipeline = train_small_diffusion(subject, channels)
+    losses = heldout_denoising_losses(subject, pipeline)
     generator, sizes = subject.generator(), [len(part) for part in subject.pixels.split(config.batch_size)]
     samples = [
         pipeline(size, num_inference_steps=30, generator=generator, output_type="pt").images * 2 - 1 for size in sizes
     ]
-    budget = f"UNet 64-128, {config.diffusion_steps} steps of 32 latents, flow matching"
+    budget = f"UNet of {channels} channels, {config.diffusion_steps} steps of 32 latents, flow matching"
     found = frechet_measures(subject, "g", torch.cat(samples).float(), f"samples in 30 Euler steps; {budget}")
-    found["diffusion_loss"] = subject.mean_measure(losses, "mean squared error", "lower", f"unseen images; {budget}")
+    protocol = f"8 noise levels, images of the analysis; {budget} on the split {config.diffusion_train_split!r}"
+    found["diffusion_loss"] = subject.mean_measure(losses, "mean squared error", "lower", protocol)
     return found
+
+
+def train_small_diffusion(subject: Subject, channels: list[int]) -> DiffusionPipeline:
+    """A small UNet, trained for `config.diffusion_steps` steps on latents of zero mean and unit variance."""
+    config = subject.config
+    with tempfile.TemporaryDirectory() as folder:
+        # Whatever the model's own factors say, so that models compare.
+        model = copy.deepcopy(subject.autoencoder.model)
+        model.config.scaling_factor = 1 / float(subject.latents.std())
+        model.config.shift_factor = float(subject.latents.mean())
+        model.save_pretrained(f"{folder}/model")
+        settings = LatentDiffusionConfig(
+            vqgan=f"{folder}/model",
+            output_dir=f"{folder}/run",
+            dataset_name=subject.diffusion_dataset,
+            dataset_config_name=config.dataset_config_name,
+            dataset_revision=config.dataset_revision,
+            cache_dir=config.cache_dir,
+            train_split=config.diffusion_train_split,
+            image_column=config.image_column,
+            resolution=subject.pixels.shape[2],
+            resize=config.resize,
+            block_out_channels=channels,
+            layers_per_block=1,
+            attention_levels=1,
+            attention_head_dim=32,
+            train_batch_size=32,
+            learning_rate=1e-3,
+            lr_warmup_steps=min(50, config.diffusion_steps),
+            ema_decay=0.99,
+            max_train_steps=config.diffusion_steps,
+            sample_steps=config.diffusion_steps,
+            sample_images=1,  # a picture that nobody will see
+            sample_inference_steps=1,
+            checkpointing_steps=config.diffusion_steps,
+            seed=config.seed,
+        )
+        with torch.enable_grad():
+            train_latent_diffusion(settings)
+        pipeline = DiffusionPipeline.from_pretrained(settings.output_dir).to(subject.latents.device)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
 
 
 @torch.no_grad()
@@ -576,12 +584,14 @@ def load_images(name: str, config: LatentAnalysisConfig, resolution: int) -> tup
 def read_labels(rows: datasets.Dataset, name: str, column: str | None) -> Tensor | None:
     """Class numbers of a column of anything, by default the only one of class labels; `None` if there is none."""
     if column is None:
-        columns = [name for name, feature in rows.features.items() if isinstance(feature, datasets.ClassLabel)]
+        columns = [key for key, feature in rows.features.items() if isinstance(feature, datasets.ClassLabel)]
         if len(columns) != 1:
             return None
         (column,) = columns
     if column not in rows.column_names:
         raise ValueError(f"dataset {name!r}: {column!r} is not a column; columns: {', '.join(rows.column_names)}.")
+    if not isinstance(rows.features[column], datasets.ClassLabel | datasets.Value):
+        raise ValueError(f"dataset {name!r}: {column!r} holds {rows.features[column]}; expected one label per image.")
     values = rows[column][:]
     numbers = {value: number for number, value in enumerate(sorted(set(values), key=str))}
     return torch.tensor([numbers[value] for value in values])
@@ -604,6 +614,8 @@ def prepare(model_name: str, dataset_name: str, config: LatentAnalysisConfig) ->
     perceptual = LPIPS(config.perceptual_net, config.perceptual_weights_path, upscale).to(device)
     pixels = pixels.to(device)
     latents = torch.cat([autoencoder.encode(part).float() for part in pixels.split(config.batch_size)])
+    if latents.std() == 0:
+        raise ValueError(f"{model_name} gives all images the same latents: there is no space to measure.")
     subject = Subject(
         autoencoder,
         pixels,
