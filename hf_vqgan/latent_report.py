@@ -27,7 +27,7 @@ PACKAGES = ("hf_vqgan", "torch", "torchmetrics", "diffusers", "transformers", "l
 def analyze(model_name: str, dataset_name: str, config: LatentAnalysisConfig) -> dict:
     """
     Measure the latent space of `model_name` on the images of `dataset_name`, and write latent_space.json, report.md and
-    pictures to `config.output_dir`. With `config.compare`, also comparison.png and comparison.md.
+    pictures to `config.output_dir`.
 
     Returns:
         What latent_space.json holds: a [`Measure`] as a dict under each measure's name, and `model`, `settings`,
