@@ -128,7 +128,7 @@ def draw_comparison(tables: Mapping[str, Mapping[str, Measure]]) -> Figure:
     columns = min(4, len(names))
     lines = -(-len(names) // columns)
     figure = Figure(figsize=(3.6 * columns, (1.1 + 0.32 * len(tables)) * lines), layout="constrained")
-    panels = figure.subplots(lines, columns, squeeze=False).flat
+    panels = list(figure.subplots(lines, columns, squeeze=False).flat)
     for panel, name in zip(panels, names, strict=False):
         for row, (model, table) in enumerate(tables.items()):
             measure = table[name]
@@ -141,7 +141,7 @@ def draw_comparison(tables: Mapping[str, Mapping[str, Measure]]) -> Figure:
         panel.tick_params(axis="x", labelsize=7)
         panel.axvline(0, color="black", linewidth=0.5)
         panel.invert_yaxis()
-    for panel in list(panels):
+    for panel in panels[len(names) :]:
         panel.set_axis_off()
     figure.suptitle("arrow: which way is better; whisker: 95 % interval", fontsize=9)
     return figure
