@@ -495,6 +495,7 @@ def build_state(
         betas=(config.adam_beta1, config.adam_beta2),
         weight_decay=config.adam_weight_decay,
         eps=config.adam_epsilon,
+        fused=True,
     )
     state = DiffusionState(config, accelerator, denoiser, scheduler, optimizer, None, ema, pipeline)
     if config.max_train_steps is None:
