@@ -33,6 +33,7 @@ from tqdm.auto import tqdm
 
 from .configuration_training import check_values, option
 from .data import EpochBatchSampler, ImageTransform, load_splits
+from .hub import push_pipeline_to_hub
 from .latent_samples import LatentSamples, encode_samples, raw_latents
 from .modeling_vqgan import VQGANModel
 from .pipelines import VQGANLatentDiffusionPipeline, count_classes, normalize_latents, predict
@@ -118,10 +119,11 @@ class LatentDiffusionConfig:
     checkpointing_steps: int = option(1000, "Steps between checkpoints; there is always one at the end.")
     checkpoints_total_limit: int | None = option(2, "Keep only the latest so many checkpoints.")
     report_to: str | None = option(None, "Tracker, as Accelerate names it: tensorboard, wandb, trackio, all.")
-    push_to_hub: bool = option(False, "Share the pipeline on the Hub at the end.")
-    hub_model_id: str | None = option(None, "Its repository, `user/name`. Default: the output folder's name.")
-    hub_private_repo: bool = option(False, "Make the repository private.")
-    hub_token: str | None = option(None, "Token for the Hub. Default: the one that is logged in.")
+    push_to_hub: bool = option(False, "Push the pipeline to the Hub at every checkpoint.")
+    hub_model_id: str | None = option(None, "Repository to push to. Default: the name of output_dir.")
+    hub_token: str | None = option(None, "Token to push with. Default: the one of `hf auth login`.")
+    hub_private_repo: bool | None = option(None, "Make a new repository private.")
+    hub_license: str | None = option(None, "Licence of the weights for the model card, as the Hub names it.")
 
     def __post_init__(self):
         check_values(
@@ -392,11 +394,7 @@ def train_latent_diffusion(config: LatentDiffusionConfig, dry_run: bool = False)
         run_steps(state, samples, run)
     else:
         accelerator.print(f"The run in {config.output_dir} is already complete ({state.step} steps).")
-    if config.push_to_hub and accelerator.is_main_process:
-        state.update_pipeline()
-        repository = config.hub_model_id or run.folder.resolve().name
-        state.pipeline.push_to_hub(repository, private=config.hub_private_repo, token=config.hub_token)
-        print(f"Pushed to {repository}.")
+        push(state, run)
     return run.read_metrics()
 
 
@@ -438,9 +436,24 @@ def run_steps(state: DiffusionState, samples: LatentSamples, run: PipelineRunFol
                 "samples_per_second": row["samples_per_second"],
             })  # fmt: skip
             run.save_checkpoint(state.pipeline, state.step)
+            push(state, run)
     progress.close()
     if config.report_to:
         accelerator.end_training()
+
+
+def push(state: DiffusionState, run: PipelineRunFolder) -> None:
+    """Push the run to the Hub, if it is to be pushed."""
+    config = state.config
+    if config.push_to_hub and state.accelerator.is_main_process:
+        push_pipeline_to_hub(
+            run.folder,
+            config.hub_model_id or run.folder.resolve().name,
+            token=config.hub_token,
+            private=config.hub_private_repo,
+            license=config.hub_license,
+            commit_message=f"Step {state.step} of {config.max_train_steps}",
+        )
 
 
 def load_samples(config: LatentDiffusionConfig, vqgan: VQGANModel, accelerator: Accelerator) -> LatentSamples:
