@@ -101,9 +101,7 @@ class LoopbackHub(Hub):
     def __init__(self):
         self.repositories: dict[tuple[str, str], Repository] = {}
         self.lfs: dict[str, bytes] = {}
-        self.fault: tuple[str, str] | None = (
-            None  # "PUT" or "commit"; "drop" it, once, or "stall" until the client dies
-        )
+        self.fault: tuple[str, str] | None = None  # next "PUT" or "commit"; "drop" it, or "stall" until the client dies
         self.stalled = threading.Event()
         handler = type("Handler", (_Handler,), {"hub": self})
         self.server = _Server(("127.0.0.1", 0), handler)
@@ -163,11 +161,11 @@ class _Handler(BaseHTTPRequestHandler):
         """Whether the request at this place is to fail now. Then the connection is gone when this returns."""
         if self.hub.fault is None or self.hub.fault[0] != place:
             return False
-        if self.hub.fault[1] == "stall":
+        (_, kind), self.hub.fault = self.hub.fault, None
+        if kind == "stall":
             self.hub.stalled.set()
             while self.rfile.read(2**16):
                 pass
-        self.hub.fault = None
         self.close_connection = True
         self.connection.shutdown(socket.SHUT_RDWR)
         return True

@@ -116,7 +116,7 @@ def show(name, load, dtype, **options):
             "type": type(model).__name__,
             "dtype": model.dtype,
             "reconstruction": model.decode(latents).sample,
-            "unquantized": model.decode(latents, force_not_quantize=True).sample.float(),
+            "unquantized": model.decoder(model.post_quant_conv(latents)).float(),
         }
 
 def fail(name, load, **options):
