@@ -516,7 +516,10 @@ def build_state(
         state.config = dataclasses.replace(config, max_train_steps=steps)
     # Not prepared: Accelerate would advance a prepared schedule once per process and step.
     state.lr_schedule = get_scheduler(
-        config.lr_scheduler, optimizer, config.lr_warmup_steps, state.config.max_train_steps
+        config.lr_scheduler,
+        optimizer,
+        num_warmup_steps=config.lr_warmup_steps,
+        num_training_steps=state.config.max_train_steps,
     )
     state.denoiser, state.optimizer = accelerator.prepare(denoiser.train(), optimizer)
     accelerator.register_for_checkpointing(state.lr_schedule, ema, state)
