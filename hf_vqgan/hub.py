@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 import yaml
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, ModelCard
 
 from .image_processing_vqgan import VQGANImageProcessor
 from .model_card import make_model_card, make_pipeline_card
@@ -45,7 +45,8 @@ def push_run_to_hub(
             `"fp16"` convert them, too.
         max_shard_size (`int` or `str`, *optional*):
             Split weights into files of at most so many bytes, or `"5GB"`. Default: those of transformers and diffusers.
-        license (`str`, *optional*): Licence of the weights, as the Hub names it, for the card.
+        license (`str`, *optional*):
+            Licence of the weights, as the Hub names it, for the card. Default: what the repository's card says already.
 
     Returns:
         `str`: The URL of the commit.
@@ -74,7 +75,7 @@ def push_run_to_hub(
             model_config=model.config,
             metrics=json.loads((folder / "metrics.json").read_text()),
             has_diffusers=plain,
-            license=license,
+            license=license or _license_there(api, repo_id),
         ).save(f"{staging}/README.md")
         other = _weights("diffusers/diffusion_pytorch_model", variant) if plain else ["diffusers/*"]
         replaced = [*_weights("model", variant), *other]
@@ -116,7 +117,7 @@ def push_pipeline_to_hub(
             pipeline=pipeline,
             metrics=json.loads((folder / "metrics.json").read_text()),
             has_samples=bool(samples),
-            license=license,
+            license=license or _license_there(api, repo_id),
         ).save(f"{staging}/README.md")
         replaced = [*_weights("vqvae/*model", variant), *_weights("denoiser/diffusion_pytorch_model", variant)]
         return _commit(api, repo_id, staging, replaced, commit_message)
@@ -125,6 +126,12 @@ def push_pipeline_to_hub(
 def _check_finished(folder: Path, *names: str) -> None:
     if missing := [name for name in names if not (folder / name).is_file()]:
         raise FileNotFoundError(f"{folder} is not a finished run: {', '.join(missing)} missing.")
+
+
+def _license_there(api: HfApi, repo_id: str) -> str | None:
+    if not api.file_exists(repo_id, "README.md"):
+        return None
+    return ModelCard.load(api.hf_hub_download(repo_id, "README.md")).data.license
 
 
 def _weights(stem: str, variant: str | None) -> tuple[str, ...]:

@@ -184,12 +184,13 @@ def test_pushed_model_loads_everywhere(loaded, run, loader, case):
     found, dtype = loaded[loader, case], {"variant": torch.bfloat16, "float16": torch.float16}.get(case, torch.float32)
     assert found["type"] == LOADERS[loader] and found["dtype"] == dtype
     expected = loaded["VQGANModel", "whole"]
-    tolerance = 1e-4 if dtype == torch.float32 else 0.1
-    torch.testing.assert_close(found["unquantized"], expected["unquantized"], atol=tolerance, rtol=0)
     if dtype == torch.float32:
+        torch.testing.assert_close(found["unquantized"], expected["unquantized"], atol=1e-4, rtol=0)
         torch.testing.assert_close(found["reconstruction"], expected["reconstruction"], atol=1e-4, rtol=0)
-    elif LOADERS[loader] == "VQGANModel":  # a rounded model, the same wherever loaded
-        torch.testing.assert_close(found["reconstruction"], loaded["VQGANModel", case]["reconstruction"])
+    else:  # a rounded model, the same wherever loaded; codes that change with rounding are left out
+        same = loaded["VQGANModel", case]["unquantized"]
+        torch.testing.assert_close(found["unquantized"], same, atol=1e-4, rtol=0)
+        assert (same - expected["unquantized"]).abs().mean() < 0.05
 
 
 def test_loaded_model_is_the_one_that_was_trained(loaded, run):
