@@ -96,8 +96,16 @@ def push_pipeline_to_hub(
     """
     Push what `train_latent_diffusion` left in `output_dir`: the pipeline, its card with the latest samples, figures and
     settings, in one commit. Arguments, result and errors are those of `push_run_to_hub`.
+
+    Raises:
+        ValueError: for a variant in shards, which diffusers does not find in a pipeline.
     """
     folder = Path(output_dir)
+    if variant is not None and max_shard_size is not None:
+        raise ValueError(
+            f"variant={variant!r} with max_shard_size={max_shard_size!r}: diffusers' pipelines cannot load a variant in "
+            "shards. Leave one of them out."
+        )
     _check_finished(folder, "model_index.json", *PIPELINE_EXTRAS)
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id

@@ -292,7 +292,7 @@ def test_latents_and_pipeline_are_pushed_and_used(hub, published, tmp_path):
         sample_images=4, hub_license="mit", **sharing,
     )  # fmt: skip
     code = f"from hf_vqgan.hub import push_pipeline_to_hub\npush_pipeline_to_hub({str(output)!r}, {pipeline!r}, "
-    code += "variant='bf16', max_shard_size='50KB')\n"
+    code += "variant='bf16')\n"
     code += f"LATENTS, PIPELINE, FILE = {latents!r}, {pipeline!r}, {str(tmp_path / 'images.npy')!r}"
     printed = hub.run(code + USE, tmp_path / "reader").splitlines()
     assert printed == [
@@ -377,3 +377,5 @@ def test_unfinished_run_is_refused(tmp_path):
         push_run_to_hub(tmp_path, "user/name")
     with pytest.raises(FileNotFoundError, match="is not a finished run: model_index.json, metrics.json"):
         push_pipeline_to_hub(tmp_path, "user/name")
+    with pytest.raises(ValueError, match="cannot load a variant in shards"):
+        push_pipeline_to_hub(tmp_path, "user/name", variant="bf16", max_shard_size="1GB")
