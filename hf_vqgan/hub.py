@@ -103,8 +103,8 @@ def push_pipeline_to_hub(
     folder = Path(output_dir)
     if variant is not None and max_shard_size is not None:
         raise ValueError(
-            f"variant={variant!r} with max_shard_size={max_shard_size!r}: diffusers' pipelines cannot load a variant in "
-            "shards. Leave one of them out."
+            f"variant={variant!r} with max_shard_size={max_shard_size!r}: diffusers' pipelines cannot load a variant "
+            "in shards. Leave one of them out."
         )
     _check_finished(folder, "model_index.json", *PIPELINE_EXTRAS)
     api = HfApi(token=token)
