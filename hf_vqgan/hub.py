@@ -1,4 +1,5 @@
-"""Sharing a run on the Hub: the model in every form that others load, its card, pictures and figures, in one commit."""
+"""Sharing a run on the Hub: what it trained in every form that others load, its card, pictures and figures, in one
+commit."""
 
 import json
 import shutil
@@ -7,13 +8,16 @@ from pathlib import Path
 
 import torch
 import yaml
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, ModelCard
 
 from .image_processing_vqgan import VQGANImageProcessor
-from .model_card import add_evaluation, make_model_card
+from .model_card import add_evaluation, make_model_card, make_pipeline_card
 from .modeling_vqgan import VQGANModel
+from .pipelines import VQGANLatentDiffusionPipeline
 
 EXTRAS = ("metrics.json", "training_config.yaml", "reconstructions.png", "curves.png", "codebook.png")
+PIPELINE_EXTRAS = ("metrics.json", "training_config.yaml")
+VARIANT_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def push_run_to_hub(
@@ -24,6 +28,7 @@ def push_run_to_hub(
     private: bool | None = None,
     license: str | None = None,
     variant: str | None = None,
+    max_shard_size: int | str | None = None,
     commit_message: str = "Upload VQ-GAN",
 ) -> str:
     """
@@ -31,15 +36,18 @@ def push_run_to_hub(
     figures (and evaluation.json, if there is one) and, for plain codebooks, a `diffusers/` folder that
     `diffusers.VQModel` loads without this package.
 
-    Everything goes up in one commit: after an interrupted upload the repository is as it was, and another call
-    finishes the job.
+    Everything goes up in one commit, which also removes weights of the same variant that it replaces: after an
+    interrupted upload the repository is as it was, and another call finishes the job.
 
     Args:
         repo_id (`str`): `user/name`, or `name` for the token's user. Created if it does not exist.
         variant (`str`, *optional*):
             Name the weights' files so that `from_pretrained(..., variant=...)` finds them beside others; `"bf16"` and
             `"fp16"` convert them, too.
-        license (`str`, *optional*): Licence of the weights, as the Hub names it, for the card.
+        max_shard_size (`int` or `str`, *optional*):
+            Split weights into files of at most so many bytes, or `"5GB"`. Default: those of transformers and diffusers.
+        license (`str`, *optional*):
+            Licence of the weights, as the Hub names it, for the card. Default: what the repository's card says already.
 
     Returns:
         `str`: The URL of the commit.
@@ -48,18 +56,17 @@ def push_run_to_hub(
         FileNotFoundError: if `output_dir` does not hold a run with a model and metrics.
     """
     folder = Path(output_dir)
-    if missing := [name for name in ("config.json", *EXTRAS) if not (folder / name).is_file()]:
-        raise FileNotFoundError(f"{folder} is not a finished run: {', '.join(missing)} missing.")
+    _check_finished(folder, "config.json", *EXTRAS)
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(variant, torch.float32)
-    model = VQGANModel.from_pretrained(folder, dtype=dtype)
+    model = VQGANModel.from_pretrained(folder, dtype=VARIANT_DTYPES.get(variant, torch.float32))
+    saving = {"variant": variant} | ({"max_shard_size": max_shard_size} if max_shard_size else {})
     with tempfile.TemporaryDirectory() as staging:
-        model.save_pretrained(staging, variant=variant)
+        model.save_pretrained(staging, **saving)
         VQGANImageProcessor.from_pretrained(folder).save_pretrained(staging)
         plain = model.quantize.to_codebook() is not None
         if plain:
-            model.to_diffusers().save_pretrained(f"{staging}/diffusers", variant=variant)
+            model.to_diffusers().save_pretrained(f"{staging}/diffusers", **saving)
         # The run's config.json again: it names the dtype that loading defaults to, which a variant must not change.
         for name in ("config.json", *EXTRAS):
             shutil.copy(folder / name, staging)
@@ -69,10 +76,88 @@ def push_run_to_hub(
             model_config=model.config,
             metrics=json.loads((folder / "metrics.json").read_text()),
             has_diffusers=plain,
-            license=license,
+            license=license or _license_there(api, repo_id),
         )
         if (folder / "evaluation.json").is_file():
             shutil.copy(folder / "evaluation.json", staging)
             card = add_evaluation(card, json.loads((folder / "evaluation.json").read_text()), repo_id.split("/")[-1])
         card.save(f"{staging}/README.md")
-        return api.upload_folder(repo_id=repo_id, folder_path=staging, commit_message=commit_message).commit_url
+        other = _weights("diffusers/diffusion_pytorch_model", variant) if plain else ["diffusers/*"]
+        replaced = [*_weights("model", variant), *other]
+        return _commit(api, repo_id, staging, replaced, commit_message)
+
+
+def push_pipeline_to_hub(
+    output_dir: str | Path,
+    repo_id: str,
+    *,
+    token: str | None = None,
+    private: bool | None = None,
+    license: str | None = None,
+    variant: str | None = None,
+    max_shard_size: int | str | None = None,
+    commit_message: str = "Upload latent diffusion pipeline",
+) -> str:
+    """
+    Push what `train_latent_diffusion` left in `output_dir`: the pipeline, its card with the latest samples, figures and
+    settings, in one commit. Arguments, result and errors are those of `push_run_to_hub`.
+
+    Raises:
+        ValueError: for a variant in shards, which diffusers does not find in a pipeline.
+    """
+    folder = Path(output_dir)
+    if variant is not None and max_shard_size is not None:
+        raise ValueError(
+            f"variant={variant!r} with max_shard_size={max_shard_size!r}: diffusers' pipelines cannot load a variant "
+            "in shards. Leave one of them out."
+        )
+    _check_finished(folder, "model_index.json", *PIPELINE_EXTRAS)
+    api = HfApi(token=token)
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    pipeline = VQGANLatentDiffusionPipeline.from_pretrained(folder).to(VARIANT_DTYPES.get(variant, torch.float32))
+    saving = {"variant": variant} | ({"max_shard_size": max_shard_size} if max_shard_size else {})
+    with tempfile.TemporaryDirectory() as staging:
+        pipeline.save_pretrained(staging, **saving)
+        shutil.copy(folder / "vqvae" / "config.json", f"{staging}/vqvae")  # names the default dtype, as above
+        for name in PIPELINE_EXTRAS:
+            shutil.copy(folder / name, staging)
+        samples = sorted(folder.glob("samples-*.png"), key=lambda file: int(file.stem.split("-")[1]))
+        if samples:
+            shutil.copy(samples[-1], f"{staging}/samples.png")
+        make_pipeline_card(
+            repo_id,
+            settings=yaml.safe_load((folder / "training_config.yaml").read_text()),
+            pipeline=pipeline,
+            metrics=json.loads((folder / "metrics.json").read_text()),
+            has_samples=bool(samples),
+            license=license or _license_there(api, repo_id),
+        ).save(f"{staging}/README.md")
+        replaced = [*_weights("vqvae/*model", variant), *_weights("denoiser/diffusion_pytorch_model", variant)]
+        return _commit(api, repo_id, staging, replaced, commit_message)
+
+
+def _check_finished(folder: Path, *names: str) -> None:
+    if missing := [name for name in names if not (folder / name).is_file()]:
+        raise FileNotFoundError(f"{folder} is not a finished run: {', '.join(missing)} missing.")
+
+
+def _license_there(api: HfApi, repo_id: str) -> str | None:
+    if not api.file_exists(repo_id, "README.md"):
+        return None
+    return ModelCard.load(api.hf_hub_download(repo_id, "README.md")).data.license
+
+
+def _weights(stem: str, variant: str | None) -> tuple[str, ...]:
+    """Patterns of a model's weights, whole and in shards. Left beside new ones, old weights would be loaded."""
+    marked = "" if variant is None else f".{variant}"
+    return (
+        f"{stem}{marked}.safetensors",
+        f"{stem}{marked}-?????-of-?????.safetensors",
+        f"{stem}.safetensors.index{marked}.json",
+    )
+
+
+def _commit(api: HfApi, repo_id: str, staging: str, replaced: list[str], message: str) -> str:
+    return api.upload_folder(
+        repo_id=repo_id, folder_path=staging, commit_message=message, delete_patterns=replaced
+    ).commit_url

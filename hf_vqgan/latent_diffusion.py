@@ -1,19 +1,19 @@
-"""Training a diffusion model of a VQ-GAN's latents: its data, its loss, and the loop."""
+"""Training a diffusion model of a VQ-GAN's latents: networks, loss, one step, and the loop around it."""
 
 import contextlib
 import copy
+import dataclasses
 import math
 import random
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import datasets
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import send_to_device, set_seed
 from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
@@ -26,13 +26,15 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision.transforms.v2 import functional as tvF
 from torchvision.utils import make_grid
 from tqdm.auto import tqdm
 
 from .configuration_training import check_values, option
-from .data import EpochBatchSampler, ImageTransform, TrainingImages, find_image_column, load_splits
+from .data import EpochBatchSampler, ImageTransform, load_splits
+from .hub import push_pipeline_to_hub
+from .latent_samples import LatentSamples, encode_samples, raw_latents
 from .modeling_vqgan import VQGANModel
 from .pipelines import VQGANLatentDiffusionPipeline, count_classes, normalize_latents, predict
 from .run_folder import RunFolder
@@ -65,6 +67,9 @@ class LatentDiffusionConfig:
     center_crop: bool = option(True, "Crop the centre instead of a random place.")
     random_flip: bool = option(False, "Mirror half of the crops.")
     dataloader_num_workers: int = option(0, "Processes that load data, per training process.")
+    latent_cache_gb: float = option(
+        2.0, "Encode once, before training, if there is no random crop or flip and latents take at most so many GB."
+    )
 
     # The denoiser
     denoiser: str = option("unet", "UNet2DModel or DiTTransformer2DModel.", choices=("unet", "dit"))
@@ -114,10 +119,11 @@ class LatentDiffusionConfig:
     checkpointing_steps: int = option(1000, "Steps between checkpoints; there is always one at the end.")
     checkpoints_total_limit: int | None = option(2, "Keep only the latest so many checkpoints.")
     report_to: str | None = option(None, "Tracker, as Accelerate names it: tensorboard, wandb, trackio, all.")
-    push_to_hub: bool = option(False, "Share the pipeline on the Hub at the end.")
-    hub_model_id: str | None = option(None, "Its repository, `user/name`. Default: the output folder's name.")
-    hub_private_repo: bool = option(False, "Make the repository private.")
-    hub_token: str | None = option(None, "Token for the Hub. Default: the one that is logged in.")
+    push_to_hub: bool = option(False, "Push the pipeline to the Hub at every checkpoint.")
+    hub_model_id: str | None = option(None, "Repository to push to. Default: the name of output_dir.")
+    hub_token: str | None = option(None, "Token to push with. Default: the one of `hf auth login`.")
+    hub_private_repo: bool | None = option(None, "Make a new repository private.")
+    hub_license: str | None = option(None, "Licence of the weights for the model card, as the Hub names it.")
 
     def __post_init__(self):
         check_values(
@@ -125,7 +131,7 @@ class LatentDiffusionConfig:
             positive=("train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "logging_steps",
                       "sample_steps", "sample_images", "sample_inference_steps", "checkpointing_steps", "patch_size",
                       "num_layers", "layers_per_block"),
-            not_negative=("learning_rate", "lr_warmup_steps", "max_grad_norm", "attention_levels"),
+            not_negative=("learning_rate", "lr_warmup_steps", "max_grad_norm", "attention_levels", "latent_cache_gb"),
         )  # fmt: skip
         for name in ("label_dropout", "ema_decay"):
             if not 0 <= getattr(self, name) <= 1:
@@ -133,90 +139,6 @@ class LatentDiffusionConfig:
         for name, what in (("vqgan", "the model"), ("dataset_name", "a dataset")):
             if not getattr(self, name):
                 raise ValueError(f"{name} is empty: name {what}, on the Hub or in a folder.")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Data
-
-
-class LatentSamples(Dataset):
-    """
-    Rows of an image dataset, or of one that `encode_dataset.py` made, as `{"number", "label", NAME}` with NAME one of
-    `latents` `(D, h, w)`, `indices` `(h, w[, n])` and `pixel_values` `(3, H, W)`.
-
-    Sample numbers count on across epochs, as in `TrainingImages`; the label is 0 without `class_column`.
-
-    Raises:
-        ValueError: if there are neither images nor latents, or no such class column.
-    """
-
-    def __init__(self, rows: datasets.Dataset, config: LatentDiffusionConfig, resolution: int):
-        self.kind = next((name for name in ("latents", "indices") if name in rows.column_names), "pixel_values")
-        self.classes: dict[int, str] = {}
-        self.labels: list[int] | None = None
-        if config.class_column is not None:
-            self.labels, self.classes = _read_classes(rows, config.class_column)
-        if self.kind == "pixel_values":
-            column = find_image_column(rows, config.dataset_name, config.image_column)
-            images = rows.select_columns([column]).cast_column(column, datasets.Image(decode=False))
-            transform = ImageTransform(resolution, config.resize, config.center_crop, config.random_flip)
-            self.items = TrainingImages(images.rename_columns({column: "image"}), transform, config.seed)
-        else:
-            self.items = rows.select_columns([self.kind]).with_format("torch")
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def __getitem__(self, number: int) -> dict[str, Any]:
-        row = number % len(self)
-        # TrainingImages counts epochs itself, and puts the next readable image in an unreadable one's place.
-        item = self.items[number if self.kind == "pixel_values" else row]
-        row = (row + item.get("unreadable", 0)) % len(self)
-        label = self.labels[row] if self.labels is not None else 0
-        return {"number": number, "label": label, self.kind: item[self.kind]}
-
-
-def _read_classes(rows: datasets.Dataset, column: str) -> tuple[list[int], dict[int, str]]:
-    """Class number of every row, and the names of all classes."""
-    if column not in rows.column_names:
-        raise ValueError(f"class_column={column!r} is not a column; columns: {', '.join(rows.column_names)}.")
-    labels, feature = rows[column][:], rows.features[column]
-    if not all(isinstance(label, int) and label >= 0 for label in labels):
-        raise ValueError(f"class_column={column!r} is {feature}: expected class numbers from 0, none missing.")
-    names = feature.names if isinstance(feature, datasets.ClassLabel) else [str(n) for n in range(max(labels) + 1)]
-    return labels, dict(enumerate(names))
-
-
-@torch.no_grad()
-def latents_of(vqgan: VQGANModel, batch: dict[str, Tensor]) -> Tensor:
-    """The batch's normalised latents `(B, D, h, w)`, float32, whichever of the three forms it has."""
-    if "pixel_values" in batch:
-        latents = vqgan.encode(batch["pixel_values"]).latents
-    elif "indices" in batch:
-        latents = vqgan.quantize.codes(batch["indices"].long())
-    else:
-        latents = batch["latents"]
-    return normalize_latents(vqgan, latents.float())
-
-
-def draw(numbers: Tensor, shape: tuple[int, ...], config: LatentDiffusionConfig) -> tuple[Tensor, Tensor, Tensor]:
-    """
-    What is random about samples: noise `(B, *shape)`, noise level u in [0, 1) `(B,)`, and who loses its class `(B,)`.
-
-    All three are functions of (seed, sample number), so neither the number of processes nor an interruption changes
-    what is learnt.
-    """
-    noise, levels, dropped = [], [], []
-    for number in numbers.tolist():
-        # Hashed: torch's generator takes 32 bits of its seed, so sums of seed and number would meet.
-        generator = torch.Generator().manual_seed(random.Random(f"{config.seed} {number}").getrandbits(32))
-        noise.append(torch.randn(shape, generator=generator))
-        if config.timestep_sampling == "logit_normal":  # https://huggingface.co/papers/2403.03206
-            levels.append(torch.randn((), generator=generator).sigmoid())
-        else:
-            levels.append(torch.rand((), generator=generator))
-        dropped.append(torch.rand((), generator=generator) < config.label_dropout)
-    return torch.stack(noise), torch.stack(levels).clamp(max=1 - 1e-6), torch.stack(dropped)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -309,6 +231,118 @@ def denoising_loss(
     return F.mse_loss(predict(denoiser, noisy, timesteps, labels), target)
 
 
+def draw(numbers: Tensor, shape: tuple[int, ...], config: LatentDiffusionConfig) -> tuple[Tensor, Tensor, Tensor]:
+    """
+    What is random about samples: noise `(B, *shape)`, noise level u in [0, 1) `(B,)`, and who loses its class `(B,)`.
+
+    All three are functions of (seed, sample number), so neither the number of processes nor an interruption changes
+    what is learnt.
+    """
+    noise, levels, dropped = [], [], []
+    for number in numbers.tolist():
+        # Hashed: torch's generator takes 32 bits of its seed, so sums of seed and number would meet.
+        generator = torch.Generator().manual_seed(random.Random(f"{config.seed} {number}").getrandbits(32))
+        noise.append(torch.randn(shape, generator=generator))
+        if config.timestep_sampling == "logit_normal":  # https://huggingface.co/papers/2403.03206
+            levels.append(torch.randn((), generator=generator).sigmoid())
+        else:
+            levels.append(torch.rand((), generator=generator))
+        dropped.append(torch.rand((), generator=generator) < config.label_dropout)
+    return torch.stack(noise), torch.stack(levels).clamp(max=1 - 1e-6), torch.stack(dropped)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One step
+
+
+@dataclass
+class DiffusionState:
+    """What a run consists of. `denoiser` is as Accelerate prepared it (DDP with many processes)."""
+
+    config: LatentDiffusionConfig
+    accelerator: Accelerator
+    denoiser: nn.Module
+    scheduler: FlowMatchEulerDiscreteScheduler | DDPMScheduler  # of training; the pipeline has its own
+    optimizer: torch.optim.Optimizer
+    lr_schedule: torch.optim.lr_scheduler.LRScheduler
+    ema: EMAModel
+    pipeline: VQGANLatentDiffusionPipeline  # its denoiser has the averaged weights of the latest `update_pipeline`
+    step: int = 0  # optimizer steps done
+    seconds: float = 0.0  # of training, over all interruptions
+
+    @property
+    def vqgan(self) -> VQGANModel:
+        return self.pipeline.vqvae
+
+    @property
+    def global_batch(self) -> int:
+        config = self.config
+        return config.train_batch_size * config.gradient_accumulation_steps * self.accelerator.num_processes
+
+    def update_pipeline(self) -> None:
+        self.ema.copy_to(self.pipeline.denoiser.parameters())
+
+    def state_dict(self) -> dict:
+        return {"step": self.step, "seconds": self.seconds}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.step, self.seconds = state["step"], state["seconds"]
+
+
+@dataclass
+class StepOutput:
+    """
+    Args:
+        loss (`float`): Of the whole batch, over micro-batches and processes.
+        grad_norm (`float`): Before clipping.
+    """
+
+    loss: float
+    grad_norm: float
+
+
+def training_step(state: DiffusionState, micro_batches: list[dict[str, Tensor]]) -> StepOutput:
+    """
+    One optimizer step on a list of micro-batches of `LatentSamples`.
+
+    Raises:
+        FloatingPointError: before any weight changes, if the loss is not finite.
+    """
+    config, accelerator = state.config, state.accelerator
+    losses = []
+    for number, batch in enumerate(micro_batches, start=1):
+        # Processes exchange gradients at the last micro-batch only.
+        last = number == len(micro_batches)
+        with contextlib.nullcontext() if last else accelerator.no_sync(state.denoiser):
+            loss = batch_loss(state, batch)
+            accelerator.backward(loss / len(micro_batches))
+        losses.append(loss.detach())
+    loss = accelerator.reduce(torch.stack(losses).mean(), "mean").item()
+    if not math.isfinite(loss):
+        raise FloatingPointError(f"step {state.step}: the loss is {loss}. Lower --learning_rate.")
+    grad_norm = accelerator.clip_grad_norm_(state.denoiser.parameters(), config.max_grad_norm or math.inf)
+    state.optimizer.step()
+    state.optimizer.zero_grad()
+    state.lr_schedule.step()
+    state.ema.step(state.denoiser.parameters())
+    state.step += 1
+    return StepOutput(loss, float(grad_norm))
+
+
+def batch_loss(state: DiffusionState, batch: dict[str, Tensor]) -> Tensor:
+    """The loss of one micro-batch, with the noise, noise levels and dropped labels that belong to its samples."""
+    latents = normalize_latents(state.vqgan, raw_latents(state.vqgan, batch))
+    drawn = draw(batch["number"], latents.shape[1:], state.config)
+    noise, levels, dropped = (part.to(latents.device) for part in drawn)
+    labels = None
+    if no_class := count_classes(state.pipeline.denoiser):
+        # A DiT cannot do without a class: an unconditional one always gets "no class".
+        unconditional = state.pipeline.config.id2label is None
+        labels = torch.where(dropped | unconditional, no_class, batch["label"])
+    with state.accelerator.autocast():
+        return denoising_loss(state.denoiser, state.scheduler, latents, noise, levels, labels)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The run
 
@@ -318,20 +352,6 @@ class PipelineRunFolder(RunFolder):
 
     def _save_model(self, model: VQGANLatentDiffusionPipeline, folder: Path) -> None:
         model.save_pretrained(folder)
-
-
-@dataclass
-class Progress:
-    """How far a run is; saved with its checkpoints."""
-
-    step: int = 0
-    seconds: float = 0.0  # of training, over all interruptions
-
-    def state_dict(self) -> dict:
-        return {"step": self.step, "seconds": self.seconds}
-
-    def load_state_dict(self, state: dict) -> None:
-        self.step, self.seconds = state["step"], state["seconds"]
 
 
 def train_latent_diffusion(config: LatentDiffusionConfig, dry_run: bool = False) -> dict[str, float]:
@@ -356,12 +376,91 @@ def train_latent_diffusion(config: LatentDiffusionConfig, dry_run: bool = False)
     share_cpu_threads(config, accelerator)
     set_seed(config.seed)
     vqgan = VQGANModel.from_pretrained(config.vqgan).eval().requires_grad_(False).to(accelerator.device)
+    samples = load_samples(config, vqgan, accelerator)
+    state = build_state(config, accelerator, vqgan, samples)
+    config = state.config
+    accelerator.print(describe_plan(state, samples))
+    if dry_run:
+        with torch.no_grad():
+            batch_loss(state, send_to_device(default_collate([samples[0]]), accelerator.device))
+        return {}
+
+    run = PipelineRunFolder(config, None, accelerator)
+    if checkpoint := run.open():
+        accelerator.load_state(str(checkpoint))
+        accelerator.print(f"Resuming from {checkpoint} at step {state.step}.")
+    run.truncate_log(state.step)
+    if state.step < config.max_train_steps:
+        run_steps(state, samples, run)
+    else:
+        accelerator.print(f"The run in {config.output_dir} is already complete ({state.step} steps).")
+        push(state, run)
+    return run.read_metrics()
+
+
+def run_steps(state: DiffusionState, samples: LatentSamples, run: PipelineRunFolder) -> None:
+    """From the current step to the last one, with everything that happens between steps."""
+    config, accelerator = state.config, state.accelerator
+    if config.report_to:
+        accelerator.init_trackers("vqgan_latent_diffusion", config={k: str(v) for k, v in run.identity.items()})
+    if samples.fixed and cache_size(state, samples) <= config.latent_cache_gb:
+        samples = encode_samples(
+            samples, state.vqgan, accelerator, config.train_batch_size, config.dataloader_num_workers
+        )
+    loader = micro_batch_loader(state, samples)
+    progress = tqdm(
+        total=config.max_train_steps, initial=state.step, desc="train", disable=not accelerator.is_main_process
+    )
+    started = time.perf_counter() - state.seconds
+    while state.step < config.max_train_steps:
+        output = training_step(state, [next(loader) for _ in range(config.gradient_accumulation_steps)])
+        state.seconds = time.perf_counter() - started
+        progress.update()
+
+        last = state.step == config.max_train_steps
+        row = log_row(state, output)
+        if state.step % config.logging_steps == 0 or last:
+            run.log(row)
+            progress.set_postfix(loss=f"{row['loss']:.3f}")
+        sampling = state.step % config.sample_steps == 0 or last
+        saving = state.step % config.checkpointing_steps == 0 or last
+        if sampling or saving:
+            state.update_pipeline()
+        if sampling and accelerator.is_main_process:
+            run.save_picture(f"samples-{state.step}.png", draw_samples(state.pipeline, config), state.step)
+        if saving:
+            run.write_metrics({
+                "loss": row["loss"],
+                "steps": state.step,
+                "seconds": round(state.seconds, 1),
+                "samples_per_second": row["samples_per_second"],
+            })  # fmt: skip
+            run.save_checkpoint(state.pipeline, state.step)
+            push(state, run)
+    progress.close()
+    if config.report_to:
+        accelerator.end_training()
+
+
+def push(state: DiffusionState, run: PipelineRunFolder) -> None:
+    """Push the run to the Hub, if it is to be pushed."""
+    config = state.config
+    if config.push_to_hub and state.accelerator.is_main_process:
+        push_pipeline_to_hub(
+            run.folder,
+            config.hub_model_id or run.folder.resolve().name,
+            token=config.hub_token,
+            private=config.hub_private_repo,
+            license=config.hub_license,
+            commit_message=f"Step {state.step} of {config.max_train_steps}",
+        )
+
+
+def load_samples(config: LatentDiffusionConfig, vqgan: VQGANModel, accelerator: Accelerator) -> LatentSamples:
+    """The training rows that the configuration names, checked against the model."""
     with accelerator.main_process_first():  # one process fills the dataset cache, the others read it
         splits = load_splits(
-            config.dataset_name,
-            config.dataset_config_name,
-            cache_dir=config.cache_dir,
-            revision=config.dataset_revision,
+            config.dataset_name, config.dataset_config_name, None, config.cache_dir, config.dataset_revision
         )
     if config.train_split not in splits:
         raise ValueError(
@@ -369,22 +468,38 @@ def train_latent_diffusion(config: LatentDiffusionConfig, dry_run: bool = False)
         )
     rows = splits[config.train_split]
     rows = rows.select(range(min(len(rows), config.max_train_samples or len(rows))))
-    samples = LatentSamples(rows, config, config.resolution or vqgan.config.sample_size)
-    first = {name: value[None] for name, value in samples[0].items() if torch.is_tensor(value)}
-    shape = tuple(latents_of(vqgan, {name: value.to(accelerator.device) for name, value in first.items()}).shape[1:])
-    if shape[0] != vqgan.config.vq_embed_dim or shape[1] != shape[2]:
+    resolution = config.resolution or vqgan.config.sample_size
+    transform = ImageTransform(resolution, config.resize, config.center_crop, config.random_flip)
+    samples = LatentSamples(rows, transform, config.dataset_name, config.image_column, config.class_column, config.seed)
+    channels, height, width = latent_shape(samples, vqgan)
+    if channels != vqgan.config.vq_embed_dim or height != width:
         raise ValueError(
-            f"{config.dataset_name!r} has latents of shape {shape}, but {config.vqgan!r} has "
+            f"{config.dataset_name!r} has latents of shape {(channels, height, width)}, but {config.vqgan!r} has "
             f"{vqgan.config.vq_embed_dim} channels, and the latents must be square. Encode the dataset with this model."
         )
-    global_batch = config.train_batch_size * config.gradient_accumulation_steps * accelerator.num_processes
-    max_steps = config.max_train_steps or max(1, config.num_train_epochs * len(samples) // global_batch)
+    return samples
 
-    denoiser = build_denoiser(config, shape[0], shape[1], len(samples.classes))
+
+def latent_shape(samples: LatentSamples, vqgan: VQGANModel) -> tuple[int, int, int]:
+    """`(D, h, w)` of the first sample's latents."""
+    return tuple(raw_latents(vqgan, send_to_device(default_collate([samples[0]]), vqgan.device)).shape[1:])
+
+
+def cache_size(state: DiffusionState, samples: LatentSamples) -> float:
+    """Gigabytes that all samples' latents take in float32."""
+    config = state.pipeline.denoiser.config
+    return len(samples) * config.in_channels * config.sample_size**2 * 4 / 1e9
+
+
+def build_state(
+    config: LatentDiffusionConfig, accelerator: Accelerator, vqgan: VQGANModel, samples: LatentSamples
+) -> DiffusionState:
+    """Networks, optimizer and schedules, prepared by Accelerate and registered with its checkpoints."""
+    channels, side, _ = latent_shape(samples, vqgan)
+    denoiser = build_denoiser(config, channels, side, len(samples.classes))
     averaged = copy.deepcopy(denoiser).eval().requires_grad_(False).to(accelerator.device)
     scheduler, sampling_scheduler = build_schedulers(config)
     pipeline = VQGANLatentDiffusionPipeline(vqgan, averaged, sampling_scheduler, samples.classes or None)
-    no_class = count_classes(denoiser)
     ema = EMAModel(denoiser.parameters(), decay=config.ema_decay, use_ema_warmup=True, power=0.75)
     ema.to(accelerator.device)
     optimizer = torch.optim.AdamW(
@@ -393,117 +508,73 @@ def train_latent_diffusion(config: LatentDiffusionConfig, dry_run: bool = False)
         betas=(config.adam_beta1, config.adam_beta2),
         weight_decay=config.adam_weight_decay,
         eps=config.adam_epsilon,
+        fused=True,
     )
+    state = DiffusionState(config, accelerator, denoiser, scheduler, optimizer, None, ema, pipeline)
+    if config.max_train_steps is None:
+        steps = max(1, config.num_train_epochs * len(samples) // state.global_batch)
+        state.config = dataclasses.replace(config, max_train_steps=steps)
     # Not prepared: Accelerate would advance a prepared schedule once per process and step.
-    lr_schedule = get_scheduler(config.lr_scheduler, optimizer, config.lr_warmup_steps, max_steps)
-    denoiser, optimizer = accelerator.prepare(denoiser.train(), optimizer)
-    progress = Progress()
-    accelerator.register_for_checkpointing(lr_schedule, ema, progress)
-
-    def loss_of(batch: dict[str, Tensor]) -> Tensor:
-        latents = latents_of(vqgan, batch)
-        noise, levels, dropped = (part.to(latents.device) for part in draw(batch["number"], shape, config))
-        labels = torch.where(dropped, no_class, batch["label"]) if samples.classes else None
-        if labels is None and no_class:  # a DiT
-            labels = torch.full_like(batch["label"], no_class)
-        with accelerator.autocast():
-            return denoising_loss(denoiser, scheduler, latents, noise, levels, labels)
-
-    accelerator.print(
-        f"      data: {config.dataset_name}: {len(samples):,} rows of {samples.kind}, {len(samples.classes)} classes\n"
-        f"   latents: {' x '.join(map(str, shape))}, scaling factor {vqgan.config.scaling_factor:.4g}, "
-        f"shift {vqgan.config.shift_factor:.4g}\n"
-        f"  denoiser: {type(averaged).__name__}, {sum(p.numel() for p in averaged.parameters()) / 1e6:.2f} M parameters"
-        f", {config.objective}\n"
-        f"     steps: {max_steps:,} of {global_batch} samples = {max_steps * global_batch / len(samples):.1f} epochs\n"
-        f"    device: {accelerator.device}, mixed precision {config.mixed_precision}\n"
-        f"    output: {config.output_dir}"
+    state.lr_schedule = get_scheduler(
+        config.lr_scheduler,
+        optimizer,
+        num_warmup_steps=config.lr_warmup_steps,
+        num_training_steps=state.config.max_train_steps,
     )
-    if dry_run:
-        with torch.no_grad():
-            loss_of(torch.utils.data.default_collate([samples[0]]))
-        return {}
+    state.denoiser, state.optimizer = accelerator.prepare(denoiser.train(), optimizer)
+    accelerator.register_for_checkpointing(state.lr_schedule, ema, state)
+    return state
 
-    run = PipelineRunFolder(config, None, accelerator)  # type: ignore[arg-type]  # has the fields that it reads
-    if checkpoint := run.open():
-        accelerator.load_state(str(checkpoint))
-        accelerator.print(f"Resuming from {checkpoint} at step {progress.step}.")
-    run.truncate_log(progress.step)
-    if config.report_to:
-        accelerator.init_trackers("vqgan_latent_diffusion", config={k: str(v) for k, v in vars(config).items()})
 
+def describe_plan(state: DiffusionState, samples: LatentSamples) -> str:
+    """The plan of a run, as printed before it starts and by --dry_run."""
+    config, denoiser, vqgan = state.config, state.pipeline.denoiser, state.vqgan.config
+    size, seen = cache_size(state, samples), config.max_train_steps * state.global_batch
+    if not samples.fixed:
+        encoding = "encoded at every step, as crops are random"
+    elif size > config.latent_cache_gb:
+        encoding = f"encoded at every step, as all of them, {size:.1f} GB, are more than --latent_cache_gb"
+    else:
+        encoding = f"encoded once, {size:.2g} GB"
+    side = denoiser.config.sample_size
+    lines = {
+        "data": f"{config.dataset_name}: {len(samples):,} rows of {samples.kind}, {len(samples.classes)} classes",
+        "latents": f"{denoiser.config.in_channels} x {side} x {side}, scaling factor {vqgan.scaling_factor:.4g}, "
+        f"shift {vqgan.shift_factor:.4g}; {encoding}",
+        "denoiser": f"{type(denoiser).__name__}, {sum(p.numel() for p in denoiser.parameters()) / 1e6:.2f} M "
+        f"parameters, {config.objective}",
+        "steps": f"{config.max_train_steps:,} of {state.global_batch} samples = {seen / len(samples):.1f} epochs",
+        "device": f"{state.accelerator.device}, mixed precision {config.mixed_precision}",
+        "output": config.output_dir,
+    }
+    return "\n".join(f"{name:>10}: {text}" for name, text in lines.items())
+
+
+def micro_batch_loader(state: DiffusionState, samples: Dataset) -> Iterator[dict[str, Tensor]]:
+    """This process's micro-batches from the current step to the end of the run, on its device."""
+    config, accelerator = state.config, state.accelerator
     per_step = config.gradient_accumulation_steps * accelerator.num_processes
     sampler = EpochBatchSampler(
         len(samples),
         config.train_batch_size,
-        num_batches=(max_steps - progress.step) * per_step,
+        num_batches=(config.max_train_steps - state.step) * per_step,
         seed=config.seed,
-        start=progress.step * per_step,
+        start=state.step * per_step,
     )
     loader = DataLoader(samples, batch_sampler=sampler, num_workers=config.dataloader_num_workers)
-    batches = iter(accelerator.prepare_data_loader(loader))
-    bar = tqdm(total=max_steps, initial=progress.step, desc="train", disable=not accelerator.is_main_process)
-    started = time.perf_counter() - progress.seconds
-    metrics: dict[str, float] = {}
-    while progress.step < max_steps:
-        losses = []
-        for micro in range(config.gradient_accumulation_steps):
-            last_micro = micro == config.gradient_accumulation_steps - 1
-            with contextlib.nullcontext() if last_micro else accelerator.no_sync(denoiser):
-                losses.append(loss_of(next(batches)) / config.gradient_accumulation_steps)
-                accelerator.backward(losses[-1])
-        loss = accelerator.reduce(torch.stack(losses).detach().sum(), "mean").item()
-        if not math.isfinite(loss):
-            raise FloatingPointError(f"step {progress.step}: the loss is {loss}. Lower --learning_rate.")
-        grad_norm = accelerator.clip_grad_norm_(denoiser.parameters(), config.max_grad_norm or math.inf)
-        optimizer.step()
-        optimizer.zero_grad()
-        lr_schedule.step()
-        ema.step(denoiser.parameters())
-        progress.step += 1
-        progress.seconds = time.perf_counter() - started
+    return iter(accelerator.prepare_data_loader(loader))
 
-        bar.update()
-        last = progress.step == max_steps
-        if progress.step % config.logging_steps == 0 or last:
-            row = {
-                "step": progress.step,
-                "loss": loss,
-                "grad_norm": float(grad_norm),
-                "learning_rate": lr_schedule.get_last_lr()[0],
-                "ema_decay": ema.cur_decay_value,
-                "samples_per_second": progress.step * global_batch / progress.seconds,
-            }
-            run.log(row)
-            bar.set_postfix(loss=f"{loss:.3f}")
-        sampling = progress.step % config.sample_steps == 0 or last
-        saving = progress.step % config.checkpointing_steps == 0 or last
-        if sampling or saving:
-            ema.copy_to(averaged.parameters())
-        if sampling and accelerator.is_main_process:
-            run.save_picture(f"samples-{progress.step}.png", draw_samples(pipeline, config))
-        if last:
-            metrics = {
-                "loss": loss,
-                "steps": progress.step,
-                "seconds": round(progress.seconds, 1),
-                "samples_per_second": row["samples_per_second"],
-            }
-            run.write_metrics(metrics)
-        if saving:
-            run.save_checkpoint(pipeline, progress.step)
-    bar.close()
-    if not metrics:
-        accelerator.print(f"The run in {config.output_dir} is already complete ({progress.step} steps).")
-        metrics = run.read_metrics()
-        ema.copy_to(averaged.parameters())
-    if config.report_to:
-        accelerator.end_training()
-    if config.push_to_hub and accelerator.is_main_process:
-        repository = config.hub_model_id or Path(config.output_dir).resolve().name
-        pipeline.push_to_hub(repository, private=config.hub_private_repo, token=config.hub_token)
-        print(f"Pushed to {repository}.")
-    return metrics
+
+def log_row(state: DiffusionState, output: StepOutput) -> dict[str, float]:
+    """One line of log.jsonl."""
+    return {
+        "step": state.step,
+        "loss": output.loss,
+        "grad_norm": output.grad_norm,
+        "learning_rate": state.lr_schedule.get_last_lr()[0],
+        "ema_decay": state.ema.cur_decay_value,
+        "samples_per_second": state.step * state.global_batch / state.seconds,
+    }
 
 
 def draw_samples(pipeline: VQGANLatentDiffusionPipeline, config: LatentDiffusionConfig) -> Image.Image:

@@ -1,4 +1,4 @@
-"""README.md of a pushed model: what it is, how good, how to load it, how it was made."""
+"""README.md of a pushed model or pipeline: what it is, how good, how to load it, how it was made."""
 
 import re
 from pathlib import Path
@@ -6,6 +6,7 @@ from pathlib import Path
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .configuration_vqgan import VQGANConfig
+from .pipelines import VQGANLatentDiffusionPipeline
 
 TEMPLATE = """---
 {{ card_data }}
@@ -99,7 +100,7 @@ def make_model_card(
         license (`str`, *optional*): Licence of the weights, as the Hub names it.
     """
     dataset_name = settings["dataset_name"]
-    on_hub = _is_on_hub(dataset_name)
+    on_hub = _on_hub(dataset_name)
     measured = metrics["measured_on"]
     data = ModelCardData(
         license=license,
@@ -135,13 +136,7 @@ def make_model_card(
             for name, (title, _, digits, key) in FIGURES.items()
         ],
         has_diffusers=has_diffusers,
-        dataset=f"[{dataset_name}](https://huggingface.co/datasets/{dataset_name})" if on_hub else f"`{dataset_name}`",
-    )
-
-
-def _is_on_hub(dataset_name: str) -> bool:
-    return (
-        "/" in dataset_name and not dataset_name.startswith((".", "/", "package:")) and not Path(dataset_name).exists()
+        dataset=_link(dataset_name, "datasets/"),
     )
 
 
@@ -167,7 +162,7 @@ def update_model_card(folder: Path, evaluation: dict) -> ModelCard:
 def add_evaluation(card: ModelCard, evaluation: dict, model_name: str) -> ModelCard:
     """`card` with the figures of `evaluation`, an evaluation.json, in its metadata and in its section "Evaluation"."""
     protocol = evaluation["protocol"]
-    on_hub = _is_on_hub(protocol["dataset"])
+    on_hub = _on_hub(protocol["dataset"])
     shown = {name: row for name, row in EVALUATION_FIGURES.items() if name in evaluation}
     found = [
         EvalResult(
@@ -199,3 +194,98 @@ def add_evaluation(card: ModelCard, evaluation: dict, model_name: str) -> ModelC
     body = old.sub("", card.text).rstrip("\n")
     card.text = f"{body}\n\n{section}"
     return card
+
+
+PIPELINE_TEMPLATE = """---
+{{ card_data }}
+---
+
+# {{ name }}
+
+{{ "Class-conditional" if classes else "Unconditional" }} latent diffusion at {{ side }}x{{ side }} pixels: a
+`{{ denoiser }}` of {{ millions }} M parameters on the latents of a VQ-GAN. Trained with hf_vqgan.
+{% if has_samples %}
+![samples](samples.png)
+{% if classes %}
+One row per class, in the order below{% if guidance != 1 %}; guidance {{ guidance }}{% endif %}.
+{% endif %}{% endif %}
+## Loading
+
+Needs hf_vqgan, which registers the pipeline with diffusers.
+
+```python
+import hf_vqgan
+from diffusers import DiffusionPipeline
+
+pipeline = DiffusionPipeline.from_pretrained("{{ repo_id }}")
+images = pipeline({% if classes %}class_labels={{ classes[:2] }}, guidance_scale={{ guidance }}{% else %}batch_size=4{%
+endif %}, num_inference_steps={{ steps }}).images
+```
+{% if classes %}
+Classes: {{ classes | join(", ") }}.
+{% endif %}
+## Training
+
+VQ-GAN: {{ vqgan }}. Data: {{ dataset }}. Objective: {{ objective }}; {{ "{:,}".format(metrics.steps) }} steps of
+{{ settings.train_batch_size }} x {{ settings.gradient_accumulation_steps }} samples per process, last loss
+{{ "%.4f" | format(metrics.loss) }}. Settings: [training_config.yaml](training_config.yaml).
+
+```bash
+accelerate launch scripts/train_latent_diffusion.py --config training_config.yaml
+```
+"""
+
+
+def make_pipeline_card(
+    repo_id: str,
+    settings: dict,
+    pipeline: VQGANLatentDiffusionPipeline,
+    metrics: dict,
+    has_samples: bool,
+    license: str | None,
+) -> ModelCard:
+    """
+    The card of a trained latent diffusion pipeline; arguments as for `make_model_card`.
+
+    Args:
+        has_samples (`bool`): Whether the repository has a picture `samples.png`.
+    """
+    dataset_name, vqgan = settings["dataset_name"], settings["vqgan"]
+    classes = list((pipeline.config.id2label or {}).values())
+    data = ModelCardData(
+        license=license,
+        library_name="diffusers",
+        pipeline_tag=None if classes else "unconditional-image-generation",
+        tags=["vqgan", "latent-diffusion", "hf_vqgan"],
+        datasets=[dataset_name] if _on_hub(dataset_name) else None,
+        base_model=vqgan if _on_hub(vqgan) else None,
+        model_name=repo_id.split("/")[-1],
+    )
+    denoiser = pipeline.denoiser
+    return ModelCard.from_template(
+        data,
+        template_str=PIPELINE_TEMPLATE,
+        name=repo_id.split("/")[-1],
+        repo_id=repo_id,
+        classes=classes,
+        side=denoiser.config.sample_size * pipeline.vqvae.config.downsample_factor,
+        denoiser=type(denoiser).__name__,
+        millions=round(sum(parameter.numel() for parameter in denoiser.parameters()) / 1e6, 2),
+        has_samples=has_samples,
+        guidance=settings["sample_guidance_scale"],
+        steps=settings["sample_inference_steps"],
+        objective=settings["objective"],
+        vqgan=_link(vqgan),
+        dataset=_link(dataset_name, "datasets/"),
+        metrics=metrics,
+        settings=settings,
+    )
+
+
+def _on_hub(name: str) -> bool:
+    """Whether a model or dataset is named as the Hub names them, `user/name`, and not as a path."""
+    return name.count("/") == 1 and not name.startswith((".", "/", "~", "package:")) and not Path(name).exists()
+
+
+def _link(name: str, prefix: str = "") -> str:
+    return f"[{name}](https://huggingface.co/{prefix}{name})" if _on_hub(name) else f"`{name}`"

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from diffusers import VQModel
+from diffusers.hooks import apply_group_offloading
 from diffusers.models.activations import get_activation
 from diffusers.models.attention_processor import SpatialNorm
 from diffusers.models.autoencoders.vae import Decoder, DecoderOutput, Encoder, IdentityDistribution
@@ -83,6 +84,8 @@ class VQGANModel(PreTrainedModel):
         "UNetMidBlock2D",
         "UpDecoderBlock2D",
         "AttnUpDecoderBlock2D",
+        "MaskGitBlock",
+        *(kind.__name__ for kind in QUANTIZERS.values()),
     ]
 
     def __init__(self, config: VQGANConfig):
@@ -152,6 +155,24 @@ class VQGANModel(PreTrainedModel):
 
     def disable_tiling(self) -> None:
         self.use_tiling = False
+
+    def enable_group_offload(
+        self, onload_device: torch.device | str, offload_to_disk_path: str | None = None, **options
+    ) -> None:
+        """
+        Keep the networks' weights elsewhere, and bring groups of layers to `onload_device` as they run; the codebook,
+        which no layer owns, stays there. Diffusers' pipelines call this from their own `enable_group_offload`.
+
+        Args:
+            onload_device (`torch.device` or `str`): Where to compute, and where inputs are expected.
+            offload_to_disk_path (`str`, *optional*): Folder to keep the weights in, instead of main memory.
+            options: Of `diffusers.hooks.apply_group_offloading`: `offload_type`, `num_blocks_per_group`, ...
+        """
+        self.quantize.to(onload_device)
+        for name, part in self.named_children():
+            if part is not self.quantize and next(part.parameters(), None) is not None:
+                folder = offload_to_disk_path and str(Path(offload_to_disk_path) / name)
+                apply_group_offloading(part, onload_device, offload_to_disk_path=folder, **options)
 
     @apply_forward_hook
     def encode(self, pixel_values: Tensor, return_dict: bool = True) -> VQGANEncoderOutput | tuple[Tensor]:

@@ -11,8 +11,10 @@ Every quantizer keeps four promises, which the test suite checks on each entry o
 4. Losses are named and unweighted; `loss_names` says in advance which there are.
 """
 
+import contextlib
 import copy
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -152,6 +154,23 @@ class _Rotate(torch.autograd.Function):
         return e_norm / z_norm * turned, None
 
 
+@contextlib.contextmanager
+def fetched(module: nn.Module) -> Iterator[None]:
+    """
+    The module with its weights in place, wherever Accelerate has offloaded them (`device_map`, sequential offloading).
+
+    Accelerate's hooks bring a layer's weights for the layer's forward pass only; codebooks are read without one.
+    """
+    hooked = [part for part in module.modules() if getattr(getattr(part, "_hf_hook", None), "offload", False)]
+    for part in hooked:
+        part._hf_hook.pre_forward(part)
+    try:
+        yield
+    finally:
+        for part in hooked:
+            part._hf_hook.post_forward(part, None)
+
+
 class Quantizer(nn.Module):
     """
     What every quantizer is to the model.
@@ -184,7 +203,7 @@ class Quantizer(nn.Module):
             bad = int((~torch.isfinite(latents)).sum())
             raise ValueError(f"{bad} of {latents.numel()} latent values are NaN or infinite. Check the input image.")
         batch, dim, height, width = latents.shape
-        with torch.autocast(latents.device.type, enabled=False):
+        with torch.autocast(latents.device.type, enabled=False), fetched(self):
             vectors = latents.permute(0, 2, 3, 1).reshape(-1, dim).to(precision)
             quantized, indices, losses = self.quantize_vectors(vectors)
         assert tuple(losses) == self.loss_names, f"{type(self).__name__} returned {tuple(losses)}"
@@ -197,7 +216,8 @@ class Quantizer(nn.Module):
 
     def codes(self, indices: Tensor) -> Tensor:
         """Codes at indices `(B, h, w)`, or `(B, h, w, n)`, as `(B, D, h, w)`."""
-        vectors = self.code_vectors(indices.reshape(-1, *indices.shape[3:]))
+        with fetched(self):
+            vectors = self.code_vectors(indices.reshape(-1, *indices.shape[3:]))
         return vectors.view(*indices.shape[:3], self.embed_dim).permute(0, 3, 1, 2)
 
     def code_vectors(self, indices: Tensor) -> Tensor:

@@ -1,8 +1,12 @@
-"""A Hub on loopback for tests: the part of the Hub's HTTP protocol that push, pull and load_dataset need, in memory.
+"""
+A Hub on loopback for tests: the part of the Hub's HTTP protocol that push, pull and load_dataset need, in memory. Or
+the real one.
 
-Repositories live as long as the server. LFS uploads without Xet; whole-file and ranged downloads; branches are not
-modelled beyond `main` and commit hashes. `HF_ENDPOINT`, `HF_HUB_DISABLE_XET=1` and `HF_HOME` have to be set before
-huggingface_hub is imported, so clients run as processes of their own (`Hub.run`).
+Repositories on the loopback Hub live as long as the server. LFS uploads without Xet; whole-file and ranged downloads;
+branches are not modelled beyond `main` and commit hashes. `HF_ENDPOINT`, `HF_HUB_DISABLE_XET=1` and `HF_HOME` have to
+be set before huggingface_hub is imported, so clients run as processes of their own (`Hub.run`).
+
+    python tests/hub_server.py    # serves until interrupted; prints its address
 """
 
 import base64
@@ -10,12 +14,16 @@ import hashlib
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
+import tempfile
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
+
+from huggingface_hub import HfApi
 
 TOKEN = "hf_test_token"
 
@@ -40,41 +48,83 @@ class Repository:
 
 
 class Hub:
-    """The server and its state: `repositories["model", "user/name"]`, and faults to inject."""
+    """
+    A Hub at `endpoint` where `token` may write, and client processes that talk to it. `name` gives repository names;
+    `close` deletes what they name.
+    """
+
+    def __init__(self, endpoint: str, token: str, prefix: str = ""):
+        self.endpoint, self.token, self.prefix = endpoint, token, prefix
+        self.names: list[str] = []
+        self.user = HfApi(endpoint, token).whoami()["name"]
+
+    def name(self, name: str) -> str:
+        self.names.append(f"{self.user}/{self.prefix}{name}")
+        return self.names[-1]
+
+    def files(self, repo_id: str, kind: str = "model") -> dict[str, bytes]:
+        """Everything on the repository's main branch."""
+        api = HfApi(self.endpoint, self.token)
+        with tempfile.TemporaryDirectory() as folder:
+            for path in (names := api.list_repo_files(repo_id, repo_type=kind)):
+                api.hf_hub_download(repo_id, path, repo_type=kind, cache_dir=f"{folder}/cache", local_dir=folder)
+            return {path: Path(folder, path).read_bytes() for path in names}
+
+    def start(self, code: str, home: Path, token: str | None = "") -> subprocess.Popen:
+        """Python code in a fresh process that talks to this Hub; by default with the token."""
+        environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "PYTHONPATH"))}
+        environment |= {"HF_ENDPOINT": self.endpoint, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(home)}
+        environment |= {"PYTHONPATH": str(Path(__file__).parent.parent)}
+        if token is not None:
+            environment |= {"HF_TOKEN": token or self.token}
+        pipe = subprocess.PIPE
+        return subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=pipe, stderr=pipe, text=True)
+
+    def run(self, code: str, home: Path, token: str | None = "") -> str:
+        """Run such a process to its end; returns what it printed."""
+        process = self.start(code, home, token)
+        printed, errors = process.communicate(timeout=600)
+        if process.returncode:
+            raise AssertionError(errors[-4000:])
+        return printed
+
+    def close(self) -> None:
+        api = HfApi(self.endpoint, self.token)
+        for name in dict.fromkeys(self.names):
+            for kind in ("model", "dataset"):
+                api.delete_repo(name, repo_type=kind, missing_ok=True)
+
+
+class LoopbackHub(Hub):
+    """The server, its state `repositories["model", "user/name"]`, and faults to inject."""
 
     def __init__(self):
         self.repositories: dict[tuple[str, str], Repository] = {}
         self.lfs: dict[str, bytes] = {}
-        self.fail_uploads = 0  # refuse so many LFS uploads (a broken connection)
+        self.fault: tuple[str, str] | None = None  # next "PUT" or "commit"; "drop" it, or "stall" until the client dies
+        self.stalled = threading.Event()
         handler = type("Handler", (_Handler,), {"hub": self})
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-        self.endpoint = f"http://127.0.0.1:{self.server.server_port}"
+        self.server = _Server(("127.0.0.1", 0), handler)
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
-
-    def close(self) -> None:
-        self.server.shutdown()
-        self.server.server_close()
+        super().__init__(f"http://127.0.0.1:{self.server.server_port}", TOKEN)
 
     def files(self, repo_id: str, kind: str = "model") -> dict[str, bytes]:
         repository = self.repositories[kind, repo_id]
         return repository.commits[repository.head]
 
-    def run(self, code: str, home: Path, token: str | None = TOKEN, path: list[str] | None = None) -> str:
-        """Run Python code in a fresh process that talks to this Hub; returns what it printed."""
-        environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "PYTHONPATH"))}
-        environment |= {"HF_ENDPOINT": self.endpoint, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(home)}
-        environment |= {"HF_TOKEN": token} if token else {}
-        environment |= {"PYTHONPATH": os.pathsep.join(path)} if path else {}
-        done = subprocess.run(
-            [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300
-        )
-        if done.returncode:
-            raise AssertionError(done.stderr[-4000:])
-        return done.stdout
+    def close(self) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+
+
+class _Server(ThreadingHTTPServer):
+    def handle_error(self, request, client_address):
+        if not isinstance(sys.exc_info()[1], ConnectionError):  # clients are killed on purpose
+            super().handle_error(request, client_address)
 
 
 class _Handler(BaseHTTPRequestHandler):
-    hub: Hub
+    hub: LoopbackHub
     protocol_version = "HTTP/1.1"
 
     def log_message(self, *args):
@@ -106,6 +156,19 @@ class _Handler(BaseHTTPRequestHandler):
 
     def body(self) -> bytes:
         return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+
+    def fails(self, place: str) -> bool:
+        """Whether the request at this place is to fail now. Then the connection is gone when this returns."""
+        if self.hub.fault is None or self.hub.fault[0] != place:
+            return False
+        (_, kind), self.hub.fault = self.hub.fault, None
+        if kind == "stall":
+            self.hub.stalled.set()
+            while self.rfile.read(2**16):
+                pass
+        self.close_connection = True
+        self.connection.shutdown(socket.SHUT_RDWR)
+        return True
 
     # -------------------------------------------------------------------------------------------------- writing
 
@@ -150,16 +213,23 @@ class _Handler(BaseHTTPRequestHandler):
         return answer
 
     def do_PUT(self):
-        content = self.body()
-        if self.hub.fail_uploads > 0:
-            self.hub.fail_uploads -= 1
-            return self.reply(403)  # not a code that huggingface_hub retries by itself
-        self.hub.lfs[self.path.rsplit("/", 1)[1]] = content
-        return self.reply(200)
+        length = int(self.headers["Content-Length"])
+        half = self.rfile.read(length // 2)
+        if self.fails("PUT"):
+            return
+        self.hub.lfs[self.path.rsplit("/", 1)[1]] = half + self.rfile.read(length - len(half))
+        self.reply(200)
+
+    def do_DELETE(self):
+        wanted = json.loads(self.body())
+        kind, repo_id = wanted.get("type") or "model", f"{wanted.get('organization') or 'user'}/{wanted['name']}"
+        if self.repository(kind, repo_id):
+            del self.hub.repositories[kind, repo_id]
+            self.reply(200)
 
     def commit(self, kind: str, repo_id: str, body: bytes) -> None:
         repository = self.repository(kind, repo_id)
-        if repository is None:
+        if repository is None or self.fails("commit"):
             return
         files = dict(repository.commits[repository.head])
         for line in body.splitlines():
@@ -242,3 +312,8 @@ class _Handler(BaseHTTPRequestHandler):
             headers["Content_Range"] = f"bytes {start}-{end}/{len(data)}"
             return self.reply(206, data[start : end + 1], **headers)
         return self.reply(200, data, **headers)
+
+
+if __name__ == "__main__":
+    print(f"{LoopbackHub().endpoint}, token {TOKEN}", flush=True)
+    threading.Event().wait()

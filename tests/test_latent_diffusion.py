@@ -14,12 +14,13 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from conftest import SPECIAL, TINY, photo, smooth_pixels
 from PIL import Image
 
 import hf_vqgan.latent_diffusion as latent_diffusion
 from hf_vqgan import VQGANConfig, VQGANLatentDiffusionPipeline, VQGANModel
-from hf_vqgan.data import to_pixel_values
+from hf_vqgan.data import ImageTransform, to_pixel_values
 from hf_vqgan.latent_dataset import EncodingConfig, encode_dataset
 from hf_vqgan.latent_diffusion import (
     LatentDiffusionConfig,
@@ -29,6 +30,7 @@ from hf_vqgan.latent_diffusion import (
     draw,
     train_latent_diffusion,
 )
+from hf_vqgan.latent_samples import LatentSamples, encode_samples
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
 
@@ -142,17 +144,6 @@ def test_unreadable_images_lose_their_row(tmp_path, labelled, vqgan, caplog):
     assert encoded["name"][:] == [f"image {number}" for number in range(10) if number != 3]
     assert "latents" not in encoded.column_names
     assert "left out an unreadable image" in caplog.text
-
-
-def test_encoded_dataset_is_pushed(tmp_path, labelled, vqgan, monkeypatch):
-    pushed = []
-    monkeypatch.setattr(datasets.DatasetDict, "push_to_hub", lambda *args, **options: pushed.append((args, options)))
-    options = dict(push_to_hub=True, hub_dataset_id="user/codes", hub_private_repo=True, hub_token="secret")
-    encode_dataset(vqgan, labelled, tmp_path / "out", encoding(**options))
-    ((splits, repository), options), = pushed  # fmt: skip
-    assert splits["train"].num_rows == 10 and repository == "user/codes"
-    assert options == {"private": True, "token": "secret"}
-    assert "secret" not in (tmp_path / "out" / "encoding.json").read_text()
 
 
 def launch(script: str, *arguments: str, processes: int = 1) -> str:
@@ -346,12 +337,38 @@ def test_training_on_an_encoded_dataset(tmp_path, vqgan, labelled, fields):
 
 
 def test_images_and_their_encoding_train_the_same_model(tmp_path, vqgan, labelled, encoded):
-    """Pixels encoded on the fly, latents read from disk: the same latents, classes and noise."""
-    for name, dataset in (("images", labelled), ("latents", encoded)):
-        train_latent_diffusion(diffusion(vqgan, dataset, tmp_path / name))
-    weights = [diffusers.UNet2DModel.from_pretrained(tmp_path / name / "denoiser") for name in ("images", "latents")]
-    for one, other in zip(*(model.parameters() for model in weights), strict=True):
-        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-3)
+    """Pixels encoded at every step or once, latents read from disk: the same latents, classes and noise."""
+    cases = {"every step": (labelled, 0.0), "once": (labelled, 1.0), "from disk": (encoded, 0.0)}
+    models = []
+    for name, (dataset, room) in cases.items():
+        train_latent_diffusion(diffusion(vqgan, dataset, tmp_path / name, latent_cache_gb=room))
+        models.append(diffusers.UNet2DModel.from_pretrained(tmp_path / name / "denoiser"))
+    for one, *others in zip(*(model.parameters() for model in models), strict=True):
+        for other in others:
+            torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-3)
+
+
+def test_what_is_encoded_once(tmp_path, vqgan, labelled, trained_model, capsys):
+    """Deterministic crops only, as many as fit; an unreadable image's stand-in brings its own label along."""
+    broken = datasets.load_dataset(labelled, split="train").cast_column("image", datasets.Image(decode=False))
+    broken = broken.map(lambda row, n: {"image": {"bytes": b"?", "path": None}} if n == 3 else row, with_indices=True)
+    samples = LatentSamples(broken, ImageTransform(16, center_crop=True, random_flip=False), "d", "image", "label")
+    assert samples.fixed
+    encoded = encode_samples(samples, trained_model, Accelerator(), batch_size=4)
+    assert encoded.labels.tolist() == [0, 1, 0, 0, 0, 1, 0, 1, 0, 1]
+    for number in (0, 2, 13):
+        pixels = samples[number]["pixel_values"]
+        with torch.no_grad():
+            latents = trained_model.encode(pixels[None]).latents[0]
+        torch.testing.assert_close(encoded[number]["latents"], latents, atol=1e-5, rtol=0)
+        assert encoded[number]["number"] == number
+    for fields, reason in (
+        ({}, "encoded once"),
+        ({"random_flip": True}, "encoded at every step, as crops are random"),
+        ({"latent_cache_gb": 1e-6}, "more than --latent_cache_gb"),
+    ):
+        train_latent_diffusion(diffusion(vqgan, labelled, tmp_path / "run", **fields), dry_run=True)
+        assert reason in capsys.readouterr().out
 
 
 def test_resumed_run_ends_in_the_same_weights(tmp_path, vqgan, encoded, monkeypatch):
@@ -439,17 +456,6 @@ def test_dry_run_writes_nothing(tmp_path, vqgan, labelled, capsys):
     plan = capsys.readouterr().out
     assert "10 rows of pixel_values, 2 classes" in plan and "4 x 8 x 8" in plan and "scaling factor 0.8" in plan
     assert not (tmp_path / "run").exists()
-
-
-def test_pipeline_is_pushed(tmp_path, vqgan, encoded, monkeypatch):
-    pushed = []
-    monkeypatch.setattr(
-        VQGANLatentDiffusionPipeline, "push_to_hub", lambda pipeline, name, **options: pushed.append((name, options))
-    )
-    config = diffusion(vqgan, encoded, tmp_path / "run", max_train_steps=1, push_to_hub=True, hub_token="secret")
-    train_latent_diffusion(config)
-    assert pushed == [("run", {"private": False, "token": "secret"})]
-    assert "secret" not in (tmp_path / "run" / "training_config.yaml").read_text()
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,8 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from accelerate import cpu_offload_with_hook
-from conftest import TINY, photo
+from accelerate import cpu_offload, cpu_offload_with_hook
+from conftest import SPECIAL, TINY, photo
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
@@ -24,15 +24,20 @@ pytestmark = [
 SIDE = 8  # of the latents: 16-pixel images
 
 
+UNET = dict(
+    sample_size=SIDE,
+    in_channels=4,
+    out_channels=4,
+    block_out_channels=(8, 16),
+    layers_per_block=1,
+    norm_num_groups=4,
+    attention_head_dim=4,
+)
+
+
 def tiny_unet(num_classes: int = 0) -> diffusers.UNet2DModel:
     return diffusers.UNet2DModel(
-        sample_size=SIDE,
-        in_channels=4,
-        out_channels=4,
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        norm_num_groups=4,
-        attention_head_dim=4,
+        **UNET,
         down_block_types=("DownBlock2D", "AttnDownBlock2D"),
         up_block_types=("AttnUpBlock2D", "UpBlock2D"),
         num_class_embeds=num_classes + 1 if num_classes else None,
@@ -52,19 +57,12 @@ def tiny_dit(num_classes: int, out_channels: int = 4) -> diffusers.DiTTransforme
 
 
 def tiny_conditional_unet(**fields) -> diffusers.UNet2DConditionModel:
-    defaults = dict(
-        sample_size=SIDE,
-        in_channels=4,
-        out_channels=4,
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        norm_num_groups=4,
-        attention_head_dim=4,
+    blocks = dict(
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         cross_attention_dim=16,
     )
-    return diffusers.UNet2DConditionModel(**defaults | fields)
+    return diffusers.UNet2DConditionModel(**UNET | blocks | fields)
 
 
 def tiny_text(kind: type) -> dict:
@@ -374,6 +372,62 @@ def test_offloaded_model_is_fetched_by_encode_and_decode():
     assert torch.equal(model.decode(model.encode(torch.zeros(1, 3, 16, 16)).latents).sample, plain)
     assert len(calls) == 2
     hook.offload()
+
+
+@pytest.fixture(params=["vq_ema", "simvq", "gumbel", "fsq", "residual", "grouped"])
+def any_model(request) -> VQGANModel:
+    """A model of each way in which quantizers keep their codes."""
+    quantizer = request.param
+    model = VQGANModel(VQGANConfig(**TINY | {"quantizer": quantizer} | SPECIAL.get(quantizer, {}))).eval()
+    for codebook in model.quantize.codebook_parameters():
+        torch.nn.init.normal_(codebook, std=0.5)
+    return model
+
+
+@torch.no_grad()
+def everything_from(model: VQGANModel) -> list[torch.Tensor]:
+    """What a model's methods return, each of them called from outside."""
+    latents = model.encode(torch.linspace(-1, 1, 2 * 3 * 16 * 16).view(2, 3, 16, 16)).latents
+    chosen = model.quantize(latents)
+    samples = [model.decode(latents).sample, model.decode(latents, force_not_quantize=True).sample]
+    return [latents, chosen.quantized, chosen.indices, *samples, model.decode_indices(chosen.indices).sample]
+
+
+def test_sequential_offloading_reaches_the_codes(any_model):
+    """Weights are on the meta device but for the time of a layer's forward pass: reading them at another time fails."""
+    expected = everything_from(any_model)
+    cpu_offload(any_model, execution_device="cpu")
+    assert any_model.encoder.conv_in.weight.device.type == "meta"
+    assert all(torch.equal(one, other) for one, other in zip(everything_from(any_model), expected, strict=True))
+
+
+def test_device_map_with_weights_on_disk(any_model, tmp_path):
+    expected = everything_from(any_model)
+    any_model.save_pretrained(tmp_path / "model")
+    limits = {"cpu": 2 * any_model.get_memory_footprint() // 3}
+    model = VQGANModel.from_pretrained(
+        tmp_path / "model", device_map="auto", max_memory=limits, offload_folder=tmp_path / "offloaded"
+    ).eval()
+    assert set(model.hf_device_map.values()) == {"cpu", "disk"}
+    for one, other in zip(everything_from(model), expected, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "options", [{"offload_type": "leaf_level"}, {"num_blocks_per_group": 1}], ids=["leaf", "block"]
+)
+def test_group_offloading(any_model, tmp_path, options):
+    """To disk, because weights that are there are garbage in memory: on a CPU nothing else would show a wrong read."""
+    expected = everything_from(any_model)
+    any_model.enable_group_offload("cpu", offload_to_disk_path=str(tmp_path), **options)
+    assert all(torch.equal(one, other) for one, other in zip(everything_from(any_model), expected, strict=True))
+
+
+def test_pipeline_with_group_offloading(pipeline, tmp_path):
+    call = dict(class_labels=[0, 1], num_inference_steps=2, output_type="pt")
+    expected = pipeline(generator=torch.manual_seed(0), **call).images
+    pipeline.enable_group_offload("cpu", offload_type="leaf_level", offload_to_disk_path=str(tmp_path))
+    assert torch.equal(pipeline(generator=torch.manual_seed(0), **call).images, expected)
 
 
 @torch.no_grad()
