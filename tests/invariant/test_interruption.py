@@ -73,7 +73,7 @@ class Killer:
 
     def finish(self) -> None:
         process = self.start()
-        process.join(240)
+        process.join(120 + 2 * self.fields["max_train_steps"])
         assert process.exitcode == 0, self.errors.read_text()[-3000:]
 
     def kill(self, kind: str, seconds: float) -> None:
