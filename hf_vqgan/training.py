@@ -9,7 +9,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any
 
 import torch
@@ -47,6 +47,8 @@ from .streaming_data import StreamedImages, load_image_stream
 from .training_step import StepOutput, TrainState, initialize_codebook, training_step, update_codebook
 
 logger = logging.getLogger(__name__)
+
+Batches = Generator[dict[str, Tensor], None, None]
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What ends a run early
@@ -176,8 +178,9 @@ def train(config: VQGANTrainingConfig, model_config: VQGANConfig, dry_run: bool 
     if accelerator.is_main_process:
         print(describe_plan(state, dataset, validation, global_batch))
     if dry_run:
-        with torch.no_grad():
-            state.model(next(device_batches(state, dataset, 1, 0, accelerator.num_processes))["pixel_values"])
+        batches = device_batches(state, dataset, 1, 0, accelerator.num_processes)
+        with torch.no_grad(), contextlib.closing(batches):
+            state.model(next(batches)["pixel_values"])
         return {}
 
     run = RunFolder(config, model_config, accelerator)
@@ -187,8 +190,10 @@ def train(config: VQGANTrainingConfig, model_config: VQGANConfig, dry_run: bool 
         return run.read_metrics()
     if config.report_to:
         accelerator.init_trackers("vqgan", config={k: str(v) for k, v in public_settings(config).items()})
-    with PreemptionNotice(accelerator) as notice:
-        metrics = run_steps(state, run, dataset, validation, metric, notice)
+    # Closed at once, whatever happens: workers that outlive the notice also outlive the program, which waits for them.
+    loader = micro_batch_loader(state, dataset)
+    with PreemptionNotice(accelerator) as notice, contextlib.closing(loader):
+        metrics = run_steps(state, run, dataset, WaitClock(loader), validation, metric, notice)
     if state.unreadable or state.upscaled:
         accelerator.print(f"Over all epochs: {state.unreadable} unreadable images skipped, {state.upscaled} enlarged.")
     if config.report_to:
@@ -234,7 +239,8 @@ def resume(state: TrainState, run: RunFolder) -> None:
 def run_steps(
     state: TrainState,
     run: RunFolder,
-    dataset: TrainingImages,
+    dataset: TrainingImages | MixedImages | StreamedImages,
+    loader: WaitClock,
     validation: ValidationImages,
     metric: LPIPS,
     notice: PreemptionNotice,
@@ -245,11 +251,11 @@ def run_steps(
     progress = tqdm(
         total=config.max_train_steps, initial=state.step, desc="train", disable=not accelerator.is_main_process
     )
-    loader = WaitClock(micro_batch_loader(state, dataset))
     started = time.perf_counter() - state.seconds
     while state.step < config.max_train_steps:
         if state.step == config.quantize_start and config.codebook_init == "data" and not config.decoder_only:
-            initialize_codebook(state, micro_batch_loader(state, dataset))
+            with contextlib.closing(micro_batch_loader(state, dataset)) as coming:
+                initialize_codebook(state, coming)
         quantizing = state.quantizing
         micro_batches = [next(loader) for _ in range(config.gradient_accumulation_steps)]
         if config.gradient_report_steps and state.step % config.gradient_report_steps == 0 and state.step:
@@ -372,7 +378,7 @@ def load_lpips(config: VQGANTrainingConfig, accelerator: Accelerator) -> tuple[L
     return perceptual, metric
 
 
-def micro_batch_loader(state: TrainState, dataset) -> Iterator[dict[str, Tensor]]:
+def micro_batch_loader(state: TrainState, dataset) -> Batches:
     """This process's micro-batches from the current step to the end of the run, on its device."""
     config = state.config
     per_step = config.gradient_accumulation_steps * state.accelerator.num_processes
@@ -381,7 +387,7 @@ def micro_batch_loader(state: TrainState, dataset) -> Iterator[dict[str, Tensor]
     )
 
 
-def device_batches(state: TrainState, dataset, batch_size: int, start: int, stop: int) -> Iterator[dict[str, Tensor]]:
+def device_batches(state: TrainState, dataset, batch_size: int, start: int, stop: int) -> Batches:
     """This process's share of the batches `start` to `stop` (`load_batches`), on its device."""
     accelerator, workers = state.accelerator, state.config.dataloader_num_workers
     batches = load_batches(
@@ -558,7 +564,8 @@ def measure_scale(state: TrainState, dataset, batch_size: int = 16) -> None:
     def load(number: int) -> Tensor:
         return next(batches)["pixel_values"][: sizes[number]]
 
-    state.latents = measure_latents(state.vqgan, load, len(sizes))
+    with contextlib.closing(batches):
+        state.latents = measure_latents(state.vqgan, load, len(sizes))
     config.scaling_factor, config.shift_factor = 1 / state.latents.std, state.latents.mean
 
 

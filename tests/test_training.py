@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import multiprocessing
 import os
 import resource
 import signal
@@ -135,6 +136,18 @@ def stop_after(step):
             raise KeyboardInterrupt
 
     return count
+
+
+def test_run_leaves_no_process_behind(image_folder, random_trunk, tmp_path, tiny):
+    """Workers outlive a notice of preemption; one that also outlived its run would keep the program from ending."""
+    config = run_config(image_folder, random_trunk, tmp_path / "run", max_train_steps=2, dataloader_num_workers=1)
+    train(config, tiny)
+    assert multiprocessing.active_children() == []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("hf_vqgan.training.count_bad_images", stop_after(1))
+        with pytest.raises(KeyboardInterrupt):
+            train(dataclasses.replace(config, output_dir=str(tmp_path / "stopped")), tiny)
+        assert multiprocessing.active_children() == []
 
 
 def final_weights(folder: Path) -> dict[str, torch.Tensor]:
