@@ -1,5 +1,7 @@
 """Images in and out: PIL <-> `pixel_values` in [-1, 1]."""
 
+from typing import overload
+
 import numpy as np
 import torch
 from PIL import Image
@@ -74,6 +76,12 @@ class VQGANImageProcessor(TorchvisionBackend):
         pixel_values = super()._preprocess(images, *args, return_tensors=None, **kwargs)["pixel_values"]
         pixel_values = [crop_to_multiple(pixels, size_divisor) for pixels in pixel_values]
         return BatchFeature(data={"pixel_values": pixel_values}, tensor_type=return_tensors)
+
+    @overload
+    def postprocess(self, sample: Tensor) -> list[Image.Image]: ...
+
+    @overload
+    def postprocess(self, sample: Tensor, output_type: str) -> list[Image.Image] | np.ndarray | Tensor: ...
 
     def postprocess(self, sample: Tensor, output_type: str = "pil") -> list[Image.Image] | np.ndarray | Tensor:
         """

@@ -18,6 +18,7 @@ from .frechet import FeatureMoments, InceptionFeatures, frechet_distance
 from .latent_diffusion import LatentDiffusionConfig, denoising_loss, train_latent_diffusion
 from .latent_space import (
     TRANSFORMS,
+    Distance,
     Measure,
     PixelDistance,
     bootstrap,
@@ -365,7 +366,10 @@ def codes(subject: Subject) -> dict[str, Measure]:
     used = indices[..., 0].unique()
     if len(used) < 4:
         raise NotApplicable(f"only {len(used)} codes are used")
-    ways = {"": (subject.perceptual, "LPIPS"), "_pixels": (PixelDistance(), "squared pixel difference")}
+    ways: dict[str, tuple[Distance, str]] = {
+        "": (subject.perceptual, "LPIPS"),
+        "_pixels": (PixelDistance(), "squared pixel difference"),
+    }
     correlations: dict[str, list[float]] = {suffix: [] for suffix in ways}
     for context in indices[: config.consistency_contexts].split(1):
         row, column = (int(torch.randint(side, (), generator=generator)) for side in context.shape[1:3])

@@ -48,8 +48,8 @@ def draw_interpolations(
     for pair in range(min(pairs, len(latents) // 2)):
         start, end = (latents[number].expand(frames, *latents.shape[1:]) for number in (2 * pair, 2 * pair + 1))
         strips += [(label, decode(slerp(start, end, t))) for label, decode in decoders.items()]
-        ends = (pixels[number].expand(frames, *pixels.shape[1:]) for number in (2 * pair, 2 * pair + 1))
-        strips.append(("cross-fade of the originals", lerp(*ends, t)))
+        start, end = (pixels[number].expand(frames, *pixels.shape[1:]) for number in (2 * pair, 2 * pair + 1))
+        strips.append(("cross-fade of the originals", lerp(start, end, t)))
     return draw_strips(strips)
 
 

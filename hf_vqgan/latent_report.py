@@ -38,7 +38,8 @@ def analyze(model_name: str, dataset_name: str, config: LatentAnalysisConfig) ->
     """
     started = time.perf_counter()
     subject, settings = prepare(model_name, dataset_name, config)
-    measures, skipped = {}, {}
+    measures: dict[str, Measure] = {}
+    skipped: dict[str, str] = {}
     for name in config.measures or [group for group in GROUPS if group not in SLOW]:
         print(f"{model_name}: {name}", flush=True)
         try:

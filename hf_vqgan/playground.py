@@ -189,7 +189,7 @@ def reset(canvas: Canvas) -> Canvas:
 
 @torch.no_grad()
 def _decode(canvas: Canvas, history: tuple[Tensor, ...]) -> Canvas:
-    sample = canvas.model.decode_indices(history[-1]).sample.float().clamp(-1, 1)
+    sample = canvas.model.decode_indices(history[-1], return_dict=False)[0].float().clamp(-1, 1)
     return replace(canvas, sample=sample, history=history)
 
 

@@ -204,7 +204,8 @@ def _click(canvas: Canvas, click: str, code: int, brush: int, codebook: int, eve
     """Paint the code where the click was, or pick up the code that is there: the views, and the code."""
     rows, columns = canvas.indices.shape[1:3]
     cell = canvas.sample.shape[2] // rows * playground.magnification(canvas.sample, SHOWN_SIDE)
-    row, column = playground.cell_at(*event.index, cell, rows, columns)
+    x, y = event.index
+    row, column = playground.cell_at(x, y, cell, rows, columns)
     if click == PICK:
         return *[gr.skip()] * 5, int(playground.codebook_indices(canvas, codebook)[0, row, column])
     return *_show(playground.paint(canvas, row, column, code, brush, codebook), codebook), code
@@ -212,7 +213,8 @@ def _click(canvas: Canvas, click: str, code: int, brush: int, codebook: int, eve
 
 def _pick_from_palette(canvas: Canvas, codebook: int, event: gr.SelectData) -> int:
     codes = _palette(canvas, codebook)[0]
-    return int(codes[playground.patch_at(*event.index, len(codes))])
+    x, y = event.index
+    return int(codes[playground.patch_at(x, y, len(codes))])
 
 
 def _undo(canvas: Canvas | None, codebook: int) -> tuple:

@@ -6,8 +6,9 @@ import json
 import logging
 import os
 import shutil
-from dataclasses import asdict
+from dataclasses import Field, asdict
 from pathlib import Path
+from typing import ClassVar, Protocol
 
 import numpy as np
 import yaml
@@ -16,7 +17,6 @@ from accelerate.utils import broadcast_object_list
 from PIL import Image
 from safetensors import SafetensorError
 
-from .configuration_training import VQGANTrainingConfig
 from .configuration_vqgan import VQGANConfig, model_fields
 from .image_processing_vqgan import VQGANImageProcessor
 from .modeling_vqgan import VQGANModel
@@ -34,7 +34,18 @@ NOT_IDENTITY = ("output_dir", "overwrite_output_dir", "resume_from_checkpoint", 
                 "hub_license")  # fmt: skip
 
 
-def public_settings(config: VQGANTrainingConfig) -> dict:
+class RunSettings(Protocol):
+    """What a run's folder asks of the dataclass with the run's settings."""
+
+    __dataclass_fields__: ClassVar[dict[str, Field]]
+    output_dir: str
+    overwrite_output_dir: bool
+    resume_from_checkpoint: str | None
+    resolution: int | None
+    checkpoints_total_limit: int | None
+
+
+def public_settings(config: RunSettings) -> dict:
     """The settings that make a run what it is."""
     return {name: value for name, value in asdict(config).items() if name not in NOT_IDENTITY}
 
@@ -42,7 +53,7 @@ def public_settings(config: VQGANTrainingConfig) -> dict:
 class RunFolder:
     """The output folder of one run. Files appear in it whole or not at all."""
 
-    def __init__(self, config: VQGANTrainingConfig, model_config: VQGANConfig | None, accelerator: Accelerator):
+    def __init__(self, config: RunSettings, model_config: VQGANConfig | None, accelerator: Accelerator):
         self.config, self.accelerator = config, accelerator
         self.folder = Path(config.output_dir)
         self.identity = public_settings(config)

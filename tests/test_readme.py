@@ -1,5 +1,6 @@
-"""Every Python block of README.md runs, in order, in one session, as a reader would type them."""
+"""README.md: its Python blocks run as a reader would type them; its file tree is there, and in reading order."""
 
+import ast
 import re
 from pathlib import Path
 
@@ -8,7 +9,9 @@ from conftest import TINY, photo
 
 from hf_vqgan import VQGANConfig, VQGANImageProcessor, VQGANModel
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+TREE = re.search(r"```\n(hf_vqgan/.*?)```", README, flags=re.DOTALL).group(1)
 BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 
@@ -31,15 +34,33 @@ def test_python_blocks_run(quickstart_run):
 
 def test_named_files_exist():
     """Paths in the README's file tree and links."""
-    root = Path(__file__).parent.parent
-    tree = re.search(r"```\n(hf_vqgan/.*?)```", README, flags=re.DOTALL).group(1)
-    folder = root
-    for line in tree.splitlines():
+    folder = ROOT
+    for line in TREE.splitlines():
         name = line.split()[0]
         if not line.startswith(" "):
-            folder = root / name if name.endswith("/") else root
-            assert (root / name).exists(), name
+            folder = ROOT / name if name.endswith("/") else ROOT
+            assert (ROOT / name).exists(), name
         else:
             assert (folder / name).exists(), f"{folder}/{name}"
     for link in re.findall(r"\]\(((?:docs|scripts|hf_vqgan)/[^)#]*)", README):
-        assert (root / link).exists(), link
+        assert (ROOT / link).exists(), link
+
+
+def imported_modules(module: str) -> set[str]:
+    """The package's modules that one of them imports, anywhere in its code."""
+    found = set()
+    for node in ast.walk(ast.parse((ROOT / "hf_vqgan" / f"{module}.py").read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level == 1:
+            found |= {node.module} if node.module else {name.name for name in node.names}
+        elif isinstance(node, ast.ImportFrom | ast.Import):
+            names = [node.module] if isinstance(node, ast.ImportFrom) else [name.name for name in node.names]
+            assert not any(name.split(".")[0] == "hf_vqgan" for name in names), f"{module}: import relatively"
+    return found
+
+
+def test_a_module_imports_only_modules_above_it():
+    """The tree lists every module once, in an order in which each can be read without looking ahead."""
+    order = re.findall(r"^  (\w+)\.py ", TREE, flags=re.MULTILINE)
+    assert sorted(order) == sorted(file.stem for file in (ROOT / "hf_vqgan").glob("*.py") if file.stem != "__init__")
+    for place, module in enumerate(order):
+        assert imported_modules(module) <= set(order[:place]), f"{module} imports modules below it"
