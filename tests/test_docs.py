@@ -170,6 +170,8 @@ def run_command(command: list[str], monkeypatch) -> None:
     runner = next((it for it in (["accelerate", "launch"], ["python"]) if command[: len(it)] == it), None)
     assert runner, f"no way to run {shlex.join(command)} in a test: say above the block what it needs"
     script, *arguments = command[len(runner) :]
+    if script.endswith("analyze_latent_space.py") and "--measures" not in arguments:
+        arguments += ["--measures", "smoothness", "robustness"]  # all of them: tests/test_latent_space.py
     monkeypatch.setattr(sys, "argv", [script, *arguments, *shlex.split(SMALL[Path(script).name])])
     runpy.run_path(script, run_name="__main__")
 
