@@ -189,7 +189,8 @@ def train(config: VQGANTrainingConfig, model_config: VQGANConfig, dry_run: bool 
         accelerator.print(f"The run in {config.output_dir} is already complete ({state.step} steps).")
         return run.read_metrics()
     if config.report_to:
-        accelerator.init_trackers("vqgan", config={k: str(v) for k, v in public_settings(config).items()})
+        settings = {name: str(value) for name, value in public_settings(config).items()}
+        accelerator.init_trackers("vqgan", settings, init_kwargs={"wandb": {"dir": config.output_dir}})
     # Closed at once, whatever happens: workers that outlive the notice also outlive the program, which waits for them.
     loader = micro_batch_loader(state, dataset)
     with PreemptionNotice(accelerator) as notice, contextlib.closing(loader):
@@ -526,6 +527,8 @@ def compile_blocks(
         blocks.append(discriminator)
     if perceptual is not None:
         blocks += perceptual.slices
+    # Blocks of a class share their code, each with sizes of its own, with and without gradients.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 4 * len(blocks))
     for block in blocks:
         block.compile(backend=config.torch_compile_backend)
 
