@@ -259,9 +259,9 @@ def run_steps(
                 initialize_codebook(state, coming)
         quantizing = state.quantizing
         micro_batches = [next(loader) for _ in range(config.gradient_accumulation_steps)]
-        if config.gradient_report_steps and state.step % config.gradient_report_steps == 0 and state.step:
+        if config.gradient_report_steps and (state.step + 1) % config.gradient_report_steps == 0:
             report = measure_gradients(state, micro_batches[0]["pixel_values"])
-            run.log({"step": state.step} | report)
+            run.log({"step": state.step + 1} | report)  # of the coming step: a resumed run measures it again
         output = training_step(state, [batch["pixel_values"] for batch in micro_batches])
         restarted = 0
         if not output.nonfinite:

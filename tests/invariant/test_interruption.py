@@ -36,6 +36,7 @@ RUN = dict(
     diff_augment=["color"],
     lecam_weight=0.1,
     logging_steps=1,
+    gradient_report_steps=3,
     checkpointing_steps=1,
     latent_statistics_images=4,
     cpu_threads=1,
