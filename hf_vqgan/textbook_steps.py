@@ -71,9 +71,7 @@ def image_loss(state: TrainState, sample: Tensor, pixels: Tensor) -> Tensor:
         terms = reconstruction_losses(sample, pixels, state.perceptual)
     config = state.config
     return (
-        config.l1_weight * terms["l1"]
-        + config.l2_weight * terms["l2"]
-        + config.perceptual_weight * terms["perceptual"]
+        config.l1_weight * terms["l1"] + config.l2_weight * terms["l2"] + config.perceptual_weight * terms["perceptual"]
     )
 
 
