@@ -187,13 +187,15 @@ def ours(state: TrainState, pixels: Tensor) -> None:
 # Name -> (step, arguments of build_training)
 STEPS: dict[str, tuple[Callable, dict]] = {
     "ours": (ours, {}),
+    "ours, LPIPS image by image": (ours, {"perceptual_batch_size": 1}),
     "ours, checkpointed": (ours, {"gradient_checkpointing": True}),
+    "ours, both": (ours, {"perceptual_batch_size": 1, "gradient_checkpointing": True}),
     "one pass": (functools.partial(textbook_step, one_pass_gradients), {"textbook": True}),
     "two passes": (functools.partial(textbook_step, two_pass_gradients), {"textbook": True}),
 }
 
 
-def step_functions(setting: Setting, names: Iterable[str] = STEPS) -> dict[str, Callable]:
+def step_functions(setting: Setting, names: Iterable[str]) -> dict[str, Callable]:
     functions = {}
     for name in names:
         step, fields = STEPS[name]
@@ -201,9 +203,9 @@ def step_functions(setting: Setting, names: Iterable[str] = STEPS) -> dict[str, 
     return functions
 
 
-def compare_steps(setting: Setting) -> dict[str, dict[str, float]]:
+def compare_steps(setting: Setting, names: Iterable[str] = STEPS) -> dict[str, dict[str, float]]:
     """Step -> `gflop`, `memory` (MB that it adds at its peak), `seconds`. Its first call, which counts, warms up."""
-    functions = step_functions(setting)
+    functions = step_functions(setting, names)
     figures = {name: {"gflop": count_gflop(function)} for name, function in functions.items()}
     for name, function in functions.items():
         figures[name]["memory"] = added_memory(function)

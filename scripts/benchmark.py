@@ -74,7 +74,7 @@ def step(arguments: argparse.Namespace) -> list[dict]:
     print_head("setting", "step", "GFLOP", "MB added", "seconds", "GFLOP / ours", "MB: of two passes", "seconds / ours")
     rows = []
     for label, setting in settings(arguments):
-        figures = in_fresh_process(speed.compare_steps, setting)
+        figures = in_fresh_process(speed.compare_steps, setting, arguments.contestants)
         ours, textbook = figures["ours"], figures["two passes"]
         for name, row in figures.items():
             shares = (
@@ -168,6 +168,13 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads.")
     parser.add_argument("--clock", choices=speed.CLOCKS, help="cpu: seconds on the cores, for busy machines.")
     parser.add_argument("--repetitions", type=int)
+    parser.add_argument(
+        "--contestants",
+        nargs="+",
+        choices=speed.STEPS,
+        default=tuple(speed.STEPS),
+        help="step: `ours` and `two passes` at least.",
+    )
     parser.add_argument("--steps", type=int, default=100, help="curves: training steps.")
     parser.add_argument("--compile", action="store_true", help="inference: torch.compile as well (needs a compiler).")
     parser.add_argument("--sizes", nargs="+", default=lookup_speed.SIZES, help="lookup: N x K x D. Default: full grid.")
