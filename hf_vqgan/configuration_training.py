@@ -91,7 +91,6 @@ class VQGANTrainingConfig:
     perceptual_net: str = option("vgg", "LPIPS network for training.", choices=tuple(NETWORKS))
     perceptual_weights_path: str | None = option(None, "File with the LPIPS network's weights. Default: fetched.")
     perceptual_upscale: int = option(1, "Enlarge crops this many times before LPIPS; 2 helps crops below 64 pixels.")
-    perceptual_batch_size: int = option(0, "Images that LPIPS sees at once; fewer save memory. 0: the whole batch.")
     adversarial_weight: float = option(0.8, "Weight of the adversarial loss: keeps pace with the decoder. 0: none.")
     adversarial_loss: str = option("hinge", "Form of the adversarial loss.", choices=ADVERSARIAL_LOSSES)
     adaptive_weight: bool = option(True, "Scale the adversarial gradient to the reconstruction gradient's size.")
@@ -212,7 +211,6 @@ class VQGANTrainingConfig:
                 "l1_weight",
                 "l2_weight",
                 "perceptual_weight",
-                "perceptual_batch_size",
                 "adversarial_weight",
                 "learning_rate",
                 "disc_start",

@@ -187,9 +187,7 @@ def ours(state: TrainState, pixels: Tensor) -> None:
 # Name -> (step, arguments of build_training)
 STEPS: dict[str, tuple[Callable, dict]] = {
     "ours": (ours, {}),
-    "ours, LPIPS image by image": (ours, {"perceptual_batch_size": 1}),
     "ours, checkpointed": (ours, {"gradient_checkpointing": True}),
-    "ours, both": (ours, {"perceptual_batch_size": 1, "gradient_checkpointing": True}),
     "one pass": (functools.partial(textbook_step, one_pass_gradients), {"textbook": True}),
     "two passes": (functools.partial(textbook_step, two_pass_gradients), {"textbook": True}),
 }

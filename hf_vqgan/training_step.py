@@ -306,7 +306,10 @@ def image_gradients(state: TrainState, sample: Tensor, pixels: Tensor, number: i
     x_hat, pixels = sample.detach().requires_grad_(), target_of(state, pixels)
     # Under fp16 every backward pass is scaled: gradients of means over pixels would vanish in it.
     scale = accelerator.scaler.get_scale() if accelerator.scaler is not None else 1.0
-    terms, reconstruction = reconstruction_gradient(state, x_hat, pixels, scale)
+    with accelerator.autocast():
+        terms = reconstruction_losses(x_hat, pixels, state.perceptual)
+    (reconstruction,) = torch.autograd.grad(weighted_sum(terms, state.image_loss_weights()) * scale, x_hat)
+    reconstruction = reconstruction / scale
     if not state.adversarial:
         return ImageGradients(terms, reconstruction)
 
@@ -338,27 +341,6 @@ def image_gradients(state: TrainState, sample: Tensor, pixels: Tensor, number: i
         "adv_gradient_square": adversarial.square().sum(),
     }
     return ImageGradients(terms | disc_terms, reconstruction, adversarial, last_layer, watched)
-
-
-def reconstruction_gradient(
-    state: TrainState, x_hat: Tensor, pixels: Tensor, scale: float
-) -> tuple[dict[str, Tensor], Tensor]:
-    """
-    The image losses that need no discriminator, detached, and the gradient of their weighted sum at x̂. Parts of the
-    batch take turns if `perceptual_batch_size` says so; LPIPS then keeps the activations of one part at a time.
-    """
-    size = state.config.perceptual_batch_size or len(x_hat)
-    terms: dict[str, Tensor] = {}
-    gradients = []
-    for part, target in zip(x_hat.detach().split(size), pixels.split(size), strict=True):
-        leaf, share = part.detach().requires_grad_(), len(part) / len(x_hat)
-        with state.accelerator.autocast():
-            of_part = reconstruction_losses(leaf, target, state.perceptual)
-        (gradient,) = torch.autograd.grad(weighted_sum(of_part, state.image_loss_weights()) * (scale * share), leaf)
-        gradients.append(gradient / scale)
-        for name, term in of_part.items():
-            terms[name] = terms.get(name, 0) + share * term.detach()
-    return terms, torch.cat(gradients)
 
 
 def augment(state: TrainState, images: Tensor, number: int, count: int, salt: int) -> Tensor:

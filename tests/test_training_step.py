@@ -87,14 +87,6 @@ def test_step_equals_the_textbook(random_trunk, fields):
     assert any(gradient.abs().max() > 1e-3 for gradient in gradients)
 
 
-def test_lpips_in_parts_changes_nothing(random_trunk):
-    x = torch.rand(3, 3, 16, 16, dtype=torch.float64) * 2 - 1
-    whole, one = applied_gradients(double_state(random_trunk, l2_weight=0.5), [x])
-    parts, two = applied_gradients(double_state(random_trunk, l2_weight=0.5, perceptual_batch_size=2), [x])
-    assert_close(parts, whole)
-    assert two.losses == pytest.approx(one.losses, rel=1e-9)
-
-
 @pytest.mark.parametrize("fields", [{}, REGULARIZED], ids=["plain", "regularized"])
 def test_accumulation_equals_a_large_batch(random_trunk, fields):
     """λ included, which other trainers compute anew for each micro-batch."""
