@@ -376,6 +376,9 @@ def load_lpips(config: VQGANTrainingConfig, accelerator: Accelerator) -> tuple[L
             )
         if network is not None:
             network.to(accelerator.device, memory_format=memory_format(config))
+    if perceptual is not None and config.mixed_precision != "no":
+        # Autocast would convert the frozen trunk anew in every pass, and keep the copies until the backward pass.
+        perceptual.slices.to(torch.bfloat16 if config.mixed_precision == "bf16" else torch.float16)
     return perceptual, metric
 
 

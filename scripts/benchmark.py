@@ -1,166 +1,190 @@
 #!/usr/bin/env python
 """
-Speed and memory, as ratios measured side by side in one run: medians over interleaved repetitions.
+Speed and memory on CPU, as ratios measured side by side in one run: medians over contestants that take turns.
 
     python scripts/benchmark.py lookup                      # nearest-code lookup against other implementations
-    python scripts/benchmark.py lookup --sizes 4096x16384x8 --output lookup.json
+    python scripts/benchmark.py step                        # training step against two textbook steps
+    python scripts/benchmark.py curves --steps 100          # and their loss curves
+    python scripts/benchmark.py account                     # where a training step's time goes
+    python scripts/benchmark.py inference                   # against diffusers.VQModel
+    python scripts/benchmark.py import                      # against importing diffusers and transformers
+    python scripts/benchmark.py growth                      # over image size, batch, codes, processes
 
 Machines are noisy: compare within a run, never across runs. Results: docs/performance.md.
 """
 
 import argparse
-import contextlib
+import dataclasses
 import json
-import math
 import os
-import statistics
-import subprocess
-import sys
-import time
 import warnings
+from collections.abc import Iterator
 
 import torch
-from diffusers.models.autoencoders.vae import VectorQuantizer as DiffusersVectorQuantizer
 
-from hf_vqgan import VQGANConfig
-from hf_vqgan.quantizers import VectorQuantizer
+from hf_vqgan import lookup_speed, speed
+from hf_vqgan.speed import Setting, in_fresh_process
 
-SIZES = [f"{n}x{k}x{d}" for n in (4096, 65536) for k in (1024, 16384, 262144) for d in (8, 32, 256)]
-# N x K numbers, several times over for some, would not fit into 24 GB beyond these.
-LIMITS = {"diffusers (cdist)": 2**31, "materialised": 2**28, "vector-quantize-pytorch": 2**28}
+PRECISIONS = {"no": "fp32", "bf16": "bf16"}
 
 
-def materialised(latents: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
-    """The textbook: all N x K squared distances at once, straight-through, both losses."""
-    distances = latents.square().sum(1, keepdim=True) + codebook.square().sum(1) - 2 * latents @ codebook.T
-    codes = codebook[distances.argmin(dim=1)]
-    loss = 0.25 * (codes.detach() - latents).square().mean() + (codes - latents.detach()).square().mean()
-    return (latents + (codes - latents).detach()).sum() + loss
+def settings(arguments: argparse.Namespace) -> Iterator[tuple[str, Setting]]:
+    """Label and setting for each resolution and precision asked for. Larger images come in smaller batches."""
+    names = {field.name for field in dataclasses.fields(Setting)} & vars(arguments).keys()
+    given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
+    pixels = Setting(**given).batch_size * min(arguments.resolutions) ** 2
+    for resolution in arguments.resolutions:
+        for precision in arguments.precisions:
+            batch_size = max(1, pixels // resolution**2)
+            fields = given | {"resolution": resolution, "batch_size": batch_size, "mixed_precision": precision}
+            yield f"{resolution}², batch {batch_size}, {PRECISIONS[precision]}", Setting(**fields)
 
 
-def lookup_contestants(n: int, k: int, d: int, names: list[str]) -> dict:
-    """Name -> a function that runs one forward and backward pass on N vectors, K codes, D dimensions."""
-    latents = torch.randn(1, d, 64, n // 64)
-    codebook = torch.randn(k, d)
-    vectors = latents.permute(0, 2, 3, 1).reshape(-1, d)
-    names = [name for name in names if n * k <= LIMITS.get(name, math.inf)]
-    made = {}
-    if "ours" in names:
-        ours = VectorQuantizer(VQGANConfig(num_vq_embeddings=k, vq_embed_dim=d))
-        ours.embedding.weight.data.copy_(codebook)
-
-        def step_ours():
-            z = latents.requires_grad_()
-            output = ours(z)
-            loss = 0.25 * output.losses["commitment"] + output.losses["codebook"]
-            (output.quantized.sum() + loss).backward()
-
-        made["ours"] = step_ours
-    if "diffusers (cdist)" in names:
-        theirs = DiffusersVectorQuantizer(k, d, beta=0.25, legacy=False)
-        theirs.embedding.weight.data.copy_(codebook)
-
-        def step_diffusers():
-            quantized, loss, _ = theirs(latents.requires_grad_())
-            (quantized.sum() + loss).backward()
-
-        made["diffusers (cdist)"] = step_diffusers
-    if "materialised" in names:
-        weight = codebook.clone().requires_grad_()
-        made["materialised"] = lambda: materialised(vectors.detach().requires_grad_(), weight).backward()
-    if "vector-quantize-pytorch" in names:
-        with contextlib.suppress(ImportError):
-            from vector_quantize_pytorch import VectorQuantize
-
-            vqp = VectorQuantize(dim=d, codebook_size=k).train()
-
-            def step_vqp():
-                quantized, _, loss = vqp(vectors[None].detach().requires_grad_())
-                (quantized.sum() + loss.sum()).backward()
-
-            made["vector-quantize-pytorch"] = step_vqp
-    if "matrix product alone" in names:
-        rows = vectors.detach().contiguous()
-
-        def product():
-            # The limit: N x K x D multiplications, the scores thrown away tile by tile.
-            out = torch.empty(1024, 1024)
-            for part in rows.split(1024):
-                for codes in codebook.split(1024):
-                    torch.mm(part, codes.T, out=out)
-
-        made["matrix product alone"] = product
-    return made
-
-
-NAMES = ["ours", "diffusers (cdist)", "materialised", "vector-quantize-pytorch", "matrix product alone"]
-
-
-def time_interleaved(functions: dict, budget: float = 12.0, most: int = 9) -> dict[str, float]:
-    """Median seconds of each function, called in turn until the budget is spent (twice at least)."""
-    times: dict[str, list[float]] = {name: [] for name in functions}
-    started = time.perf_counter()
-    for repetition in range(most + 1):
-        for name, function in functions.items():
-            before = time.perf_counter()
-            function()
-            if repetition:  # the first call warms up
-                times[name].append(time.perf_counter() - before)
-        if repetition >= 2 and time.perf_counter() - started > budget:
-            break
-    return {name: statistics.median(values) for name, values in times.items()}
-
-
-def peak_memory(n: int, k: int, d: int, name: str) -> float:
-    """MB that one contestant's second step adds to the peak of a fresh process (the first one loads libraries)."""
-    code = (
-        "import sys; sys.path.insert(0, sys.argv[1]); import benchmark, torch\n"
-        "n, k, d, name = int(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]), sys.argv[5]\n"
-        "benchmark.lookup_contestants(64, 64, d, [name])[name]()\n"
-        "step = benchmark.lookup_contestants(n, k, d, [name])[name]\n"
-        "status = lambda key: int(open('/proc/self/status').read().split(key)[1].split()[0])\n"
-        "open('/proc/self/clear_refs', 'w').write('5')\n"
-        "before = status('VmRSS:'); step(); print((status('VmHWM:') - before) / 1024)"
+def print_row(*cells) -> None:
+    print(
+        "| " + " | ".join(f"{cell:.2f}" if isinstance(cell, float) else str(cell) for cell in cells) + " |", flush=True
     )
-    arguments = [os.path.dirname(os.path.abspath(__file__)), str(n), str(k), str(d), name]
-    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
-    return float(done.stdout.split()[-1]) if done.returncode == 0 else float("nan")
 
 
-def benchmark_lookup(sizes: list[str], with_memory: bool) -> list[dict]:
+def print_head(*cells: str) -> None:
+    print_row(*cells)
+    print("|---" * len(cells) + "|")
+
+
+def lookup(arguments: argparse.Namespace) -> list[dict]:
+    rivals = "diffusers (cdist)", "vector-quantize-pytorch"
+    print_head("N x K x D", *lookup_speed.NAMES, "ours: times faster than cdist / vqp")
     rows = []
-    print("| N x K x D | " + " | ".join(f"{name}" for name in NAMES) + " | ours: times faster than cdist / vqp |")
-    print("|---" * (len(NAMES) + 2) + "|")
-    for size in sizes:
-        n, k, d = map(int, size.split("x"))
-        seconds = time_interleaved(lookup_contestants(n, k, d, NAMES))
-        memory = {name: peak_memory(n, k, d, name) for name in seconds} if with_memory else {}
-        cells = [
-            f"{seconds[name] * 1e3:.1f} ms" + (f", {memory[name]:.0f} MB" if name in memory else "")
-            if name in seconds
-            else "-"
-            for name in NAMES
-        ]
+    for size in arguments.sizes:
+        figures = lookup_speed.compare_lookups(*map(int, size.split("x")), with_memory=arguments.memory)
+        cells = {
+            name: f"{row['seconds'] * 1e3:.1f} ms" + (f", {row['memory']:.0f} MB" if "memory" in row else "")
+            for name, row in figures.items()
+        }
         ratios = [
-            f"{seconds[name] / seconds['ours']:.2f}" if name in seconds else "-"
-            for name in ("diffusers (cdist)", "vector-quantize-pytorch")
+            f"{figures[name]['seconds'] / figures['ours']['seconds']:.2f}" if name in figures else "-"
+            for name in rivals
         ]
-        print(f"| {size} | {' | '.join(cells)} | {' / '.join(ratios)} |", flush=True)
-        rows.append({"size": size, "seconds": seconds, "memory_mb": memory})
+        print_row(size, *(cells.get(name, "-") for name in lookup_speed.NAMES), " / ".join(ratios))
+        rows.append({"size": size, "figures": figures})
     return rows
+
+
+def step(arguments: argparse.Namespace) -> list[dict]:
+    print_head("setting", "step", "GFLOP", "MB added", "seconds", "GFLOP / ours", "MB: of two passes", "seconds / ours")
+    rows = []
+    for label, setting in settings(arguments):
+        figures = in_fresh_process(speed.compare_steps, setting, arguments.contestants)
+        ours, textbook = figures["ours"], figures["two passes"]
+        for name, row in figures.items():
+            shares = (
+                row["gflop"] / ours["gflop"],
+                row["memory"] / textbook["memory"],
+                row["seconds"] / ours["seconds"],
+            )
+            print_row(label, name, row["gflop"], f"{row['memory']:.0f}", row["seconds"], *shares)
+        rows.append({"setting": dataclasses.asdict(setting), "figures": figures})
+    return rows
+
+
+def curves(arguments: argparse.Namespace) -> list[dict]:
+    print_head("setting", "training", "first loss", "last fifth, mean", "last fifth, largest difference from ours")
+    rows = []
+    for label, setting in settings(arguments):
+        losses = in_fresh_process(speed.loss_curves, setting, arguments.steps)
+        last = {name: curve[-max(1, arguments.steps // 5) :] for name, curve in losses.items()}
+        for name, values in last.items():
+            difference = max(abs(a - b) for a, b in zip(values, last["ours"], strict=True))
+            mean = sum(values) / len(values)
+            print_row(label, name, f"{losses[name][0]:.4f}", f"{mean:.4f}", f"{difference:.1e}")
+        rows.append({"setting": dataclasses.asdict(setting), "losses": losses})
+    return rows
+
+
+def account(arguments: argparse.Namespace) -> list[dict]:
+    rows = []
+    for label, setting in settings(arguments):
+        figures = in_fresh_process(speed.account_for_step, setting)
+        print(f"\n{label}\n")
+        print_head("what", "share of the step's time")
+        for kind, share in figures["shares"].items():
+            print_row(kind, f"{share:.1%}")
+        print()
+        print_head("rate", "GFLOP/s")
+        for name, rate in {"the whole step": figures["gflops"], **figures["peaks"]}.items():
+            print_row(name, f"{rate:.0f}")
+        rows.append({"setting": dataclasses.asdict(setting), "figures": figures})
+    return rows
+
+
+def inference(arguments: argparse.Namespace) -> list[dict]:
+    print_head("setting", "task", "contestant", "seconds", "times faster than diffusers")
+    rows = []
+    for label, setting in settings(arguments):
+        figures = in_fresh_process(speed.compare_inference, setting, arguments.compile)
+        for task, seconds in figures.items():
+            for name, value in seconds.items():
+                print_row(label, task, name, f"{value:.3f}", seconds["diffusers"] / value)
+        rows.append({"setting": dataclasses.asdict(setting), "seconds": figures})
+    return rows
+
+
+def import_(arguments: argparse.Namespace) -> list[dict]:
+    seconds = speed.compare_imports(arguments.repetitions or Setting().repetitions)
+    print_head("import", "seconds on the cores", "ratio")
+    for name, value in seconds.items():
+        print_row(name, value, value / seconds["diffusers, transformers"])
+    return [seconds]
+
+
+def growth(arguments: argparse.Namespace) -> list[dict]:
+    print_head("what changes", "to", "GFLOP", "MB added", "seconds", "images/s")
+    rows = []
+    for what, value, figures in speed.measure_growth(next(settings(arguments))[1]):
+        print_row(what, value, figures["gflop"], f"{figures['memory']:.0f}", figures["seconds"], figures["images/s"])
+        rows.append({"what": what, "value": value, "figures": figures})
+    return rows
+
+
+SUBCOMMANDS = {
+    "lookup": lookup,
+    "step": step,
+    "curves": curves,
+    "account": account,
+    "inference": inference,
+    "import": import_,
+    "growth": growth,
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["lookup"])
-    parser.add_argument("--sizes", nargs="+", default=SIZES, help="N x K x D of the lookup. Default: the full grid.")
-    parser.add_argument("--memory", action="store_true", help="Also the peak memory of each, in a process of its own.")
+    parser.add_argument("what", choices=SUBCOMMANDS)
+    parser.add_argument("--resolutions", nargs="+", type=int, help="Default: 64 and 128; 256 for inference.")
+    parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
+    parser.add_argument("--batch_size", type=int, help="At the smallest resolution; others have as many pixels.")
+    parser.add_argument("--block_out_channels", nargs="+", type=int)
+    parser.add_argument("--num_vq_embeddings", type=int)
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads.")
+    parser.add_argument("--clock", choices=speed.CLOCKS, help="cpu: seconds on the cores, for busy machines.")
+    parser.add_argument("--repetitions", type=int)
+    parser.add_argument(
+        "--contestants",
+        nargs="+",
+        choices=speed.STEPS,
+        default=tuple(speed.STEPS),
+        help="step: `ours` and `two passes` at least.",
+    )
+    parser.add_argument("--steps", type=int, default=100, help="curves: training steps.")
+    parser.add_argument("--compile", action="store_true", help="inference: torch.compile as well (needs a compiler).")
+    parser.add_argument("--sizes", nargs="+", default=lookup_speed.SIZES, help="lookup: N x K x D. Default: full grid.")
+    parser.add_argument("--memory", action="store_true", help="lookup: peak memory, in a process for each.")
     parser.add_argument("--output", help="Write the figures to this JSON file, too.")
     arguments = parser.parse_args()
+    arguments.resolutions = arguments.resolutions or ([256] if arguments.what == "inference" else [64, 128])
     torch.set_num_threads(arguments.threads)
     warnings.simplefilter("ignore")
-    rows = benchmark_lookup(arguments.sizes, arguments.memory)
+    rows = SUBCOMMANDS[arguments.what](arguments)
     if arguments.output:
         with open(arguments.output, "w") as file:
             json.dump(rows, file, indent=1)

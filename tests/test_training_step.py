@@ -10,10 +10,11 @@ from conftest import TINY
 from hf_vqgan import VQGANConfig, VQGANModel
 from hf_vqgan.configuration_training import VQGANTrainingConfig
 from hf_vqgan.discriminators import PatchDiscriminator
-from hf_vqgan.losses import LPIPS, adversarial_loss, discriminator_losses, lecam_penalty, r1_penalty
+from hf_vqgan.losses import LPIPS
 from hf_vqgan.metrics import CodebookHealth
+from hf_vqgan.textbook_steps import one_pass_gradients, two_pass_gradients
 from hf_vqgan.training import build_model
-from hf_vqgan.training_step import TrainState, augment, training_step, update_codebook
+from hf_vqgan.training_step import TrainState, training_step, update_codebook
 
 
 def double_state(random_trunk, **fields) -> TrainState:
@@ -51,34 +52,13 @@ def applied_gradients(state: TrainState, micro_batches):
     return [old - new for old, new in zip(before, after, strict=True)], output
 
 
-def textbook_gradients(state: TrainState, x: torch.Tensor):
-    """taming-transformers' step, written out: two autograd.grad calls for λ, then a full backward per network."""
-    config, model, discriminator = state.config, state.model, state.discriminator
-    output = model(x)
-    rec = (
-        config.l1_weight * (output.sample - x).abs().mean()
-        + config.l2_weight * (output.sample - x).square().mean()
-        + config.perceptual_weight * state.perceptual(output.sample, x).mean()
-    )
-    adv = adversarial_loss(discriminator(augment(state, output.sample, 0, 1, 1)), config.adversarial_loss)
-    last = model.decoder.conv_out.weight
-    (rec_grad,) = torch.autograd.grad(rec, last, retain_graph=True)
-    (adv_grad,) = torch.autograd.grad(adv, last, retain_graph=True)
-    balance = (rec_grad.norm() / (adv_grad.norm() + 1e-4)).clamp(0, config.adaptive_weight_max).detach()
-    balance = balance if config.adaptive_weight else torch.ones(())
-    quantizer = 0.25 * output.losses["commitment"] + output.losses["codebook"]
-    loss = rec + balance * config.adversarial_weight * adv + quantizer
-    generator_grads = torch.autograd.grad(loss, list(model.parameters()))
-    real = x.clone().requires_grad_()
-    real_logits = discriminator(augment(state, real, 0, 1, 0))
-    fake_logits = discriminator(augment(state, output.sample.detach(), 0, 1, 1))
-    disc_loss = 0.5 * sum(discriminator_losses(real_logits, fake_logits, config.adversarial_loss).values())
-    if state.penalizing:
-        disc_loss = disc_loss + config.r1_weight / 2 * config.r1_interval * r1_penalty(real_logits, real)
-    if state.lecam_anchors:
-        disc_loss = disc_loss + config.lecam_weight * lecam_penalty(real_logits, fake_logits, *state.lecam_anchors)
-    disc_grads = torch.autograd.grad(disc_loss, list(discriminator.parameters()))
-    return [*generator_grads, *disc_grads], balance
+def textbook_gradients(state: TrainState, x: torch.Tensor, method=one_pass_gradients):
+    """What plain autograd gives, and λ. Changes no weight and leaves no gradient behind."""
+    balance = method(state, x)
+    gradients = [p.grad for network in (state.model, state.discriminator) for p in network.parameters()]
+    for network in (state.model, state.discriminator):
+        network.zero_grad(set_to_none=True)
+    return gradients, balance
 
 
 def assert_close(gradients, expected):
@@ -99,9 +79,11 @@ def test_step_equals_the_textbook(random_trunk, fields):
     state.lecam_anchors = (0.1, -0.1) if "lecam_weight" in fields else None
     x = torch.rand(4, 3, 16, 16, dtype=torch.float64) * 2 - 1
     expected, balance = textbook_gradients(state, x)
+    with_two_passes, _ = textbook_gradients(state, x, two_pass_gradients)
     gradients, output = applied_gradients(state, [x])
     assert output.adaptive_weight == pytest.approx(float(balance), rel=1e-9)
     assert_close(gradients, expected)
+    assert_close(with_two_passes, expected)
     assert any(gradient.abs().max() > 1e-3 for gradient in gradients)
 
 

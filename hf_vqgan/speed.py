@@ -1,0 +1,409 @@
+"""How fast the package is, next to what else does the same work, on CPU.
+
+Machines are noisy and shared. Contestants therefore take turns within one process and medians are compared; floating
+point operations, which are exact, and peak memory, which is nearly so, stand beside the times. Every group of
+contestants runs in a process of its own (`in_fresh_process`).
+"""
+
+import contextlib
+import copy
+import ctypes
+import functools
+import gc
+import math
+import multiprocessing
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from .configuration_training import VQGANTrainingConfig
+from .configuration_vqgan import VQGANConfig
+from .losses import LPIPS
+from .modeling_vqgan import VQGANModel
+from .textbook_steps import image_loss, one_pass_gradients, textbook_step, two_pass_gradients
+from .training import build_accelerator, build_state, load_lpips
+from .training_step import TrainState, training_step
+
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is measured, and how often."""
+
+    resolution: int = 64
+    batch_size: int = 4
+    block_out_channels: tuple[int, ...] = (64, 128, 128)
+    num_vq_embeddings: int = 1024
+    mixed_precision: str = "no"
+    threads: int = 1
+    clock: str = "wall"  # "cpu": seconds of this process on the cores, which other processes disturb less
+    repetitions: int = 5
+
+    def model_config(self) -> VQGANConfig:
+        return VQGANConfig(
+            block_out_channels=self.block_out_channels,
+            sample_size=self.resolution,
+            num_vq_embeddings=self.num_vq_embeddings,
+        )
+
+    def pixels(self) -> Tensor:
+        generator = torch.Generator().manual_seed(0)
+        return torch.rand(self.batch_size, 3, self.resolution, self.resolution, generator=generator) * 2 - 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Measuring
+
+
+def in_fresh_process(function: Callable, *arguments):
+    """`function(*arguments)` in a new process that has imported this module and nothing else."""
+    return in_fresh_processes(1, function, *arguments)[0]
+
+
+def in_fresh_processes(count: int, function: Callable, *arguments) -> list:
+    """`function(*arguments)` in `count` new processes at once, which Accelerate finds to be one launch."""
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = str(2**16)  # glibc: what is freed goes back to the system at once
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    launches: list[dict[str, str]] = [{}]
+    if count > 1:
+        common = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        launches = [common | {"RANK": rank, "LOCAL_RANK": rank, "ACCELERATE_USE_CPU": "true"} for rank in range(count)]
+    with contextlib.ExitStack() as stack:
+        executors = [stack.enter_context(ProcessPoolExecutor(1, mp_context=context)) for _ in launches]
+        calls = [
+            executor.submit(_with_environment, launch, function, *arguments)
+            for executor, launch in zip(executors, launches, strict=True)
+        ]
+        return [call.result() for call in calls]
+
+
+def _with_environment(variables: dict, function: Callable, *arguments):
+    os.environ.update({name: str(value) for name, value in variables.items()})
+    return function(*arguments)
+
+
+def median_seconds(
+    functions: dict[str, Callable], repetitions: int = 9, clock: str = "wall", budget: float = math.inf
+) -> dict[str, float]:
+    """
+    Median seconds of each function, called in turn, until `budget` seconds are spent (twice at least). Warming up is
+    the caller's.
+    """
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    started = time.perf_counter()
+    for repetition in range(repetitions):
+        for name, function in functions.items():
+            before = CLOCKS[clock]()
+            function()
+            times[name].append(CLOCKS[clock]() - before)
+        if repetition and time.perf_counter() - started > budget:
+            break
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def added_memory(function: Callable) -> float:
+    """MB that a call adds to this process's resident memory at its peak (Linux)."""
+
+    def status(key: str) -> int:
+        with open("/proc/self/status") as file:
+            return int(file.read().split(key)[1].split()[0])
+
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")
+    before = status("VmRSS:")
+    function()
+    return (status("VmHWM:") - before) / 1024
+
+
+class _FlopCount(TorchDispatchMode):
+    """PyTorch's own counter also follows modules, with hooks that `autograd.grad` does not allow."""
+
+    total = 0
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        out = operator(*args, **(kwargs or {}))
+        if (count := flop_registry.get(operator._overloadpacket)) is not None:
+            self.total += count(*args, **(kwargs or {}), out_val=out)
+        return out
+
+
+def count_gflop(function: Callable) -> float:
+    """Floating point operations of a call's convolutions and matrix products, in 10^9."""
+    with _FlopCount() as counter:
+        function()
+    return counter.total / 1e9
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training step
+
+
+def build_training(setting: Setting, textbook: bool = False, **fields) -> TrainState:
+    """
+    What a run would train at this setting, with a codebook spread as wide as the latents of a new model. For the
+    textbook steps without what this package's trainer does to layouts and dtypes.
+    """
+    config = VQGANTrainingConfig(
+        dataset_name="none",
+        resolution=setting.resolution,
+        train_batch_size=setting.batch_size,
+        mixed_precision=setting.mixed_precision,
+        cpu_threads=setting.threads,
+        max_train_steps=10**6,
+        channels_last=not textbook,
+        **fields,
+    )
+    accelerator = build_accelerator(config)
+    torch.manual_seed(0)
+    perceptual = LPIPS(config.perceptual_net) if textbook else load_lpips(config, accelerator)[0]
+    state = build_state(config, setting.model_config(), accelerator, perceptual)
+    nn.init.normal_(state.vqgan.quantize.embedding.weight, std=0.5)
+    return state
+
+
+def ours(state: TrainState, pixels: Tensor) -> None:
+    training_step(state, [pixels.contiguous(memory_format=torch.channels_last)])
+
+
+# Name -> (step, arguments of build_training)
+STEPS: dict[str, tuple[Callable, dict]] = {
+    "ours": (ours, {}),
+    "ours, checkpointed": (ours, {"gradient_checkpointing": True}),
+    "one pass": (functools.partial(textbook_step, one_pass_gradients), {"textbook": True}),
+    "two passes": (functools.partial(textbook_step, two_pass_gradients), {"textbook": True}),
+}
+
+
+def step_functions(setting: Setting, names: Iterable[str]) -> dict[str, Callable]:
+    functions = {}
+    for name in names:
+        step, fields = STEPS[name]
+        functions[name] = functools.partial(step, build_training(setting, **fields), setting.pixels())
+    return functions
+
+
+def compare_steps(setting: Setting, names: Iterable[str] = STEPS) -> dict[str, dict[str, float]]:
+    """Step -> `gflop`, `memory` (MB that it adds at its peak), `seconds`. Its first call, which counts, warms up."""
+    functions = step_functions(setting, names)
+    figures = {name: {"gflop": count_gflop(function)} for name, function in functions.items()}
+    for name, function in functions.items():
+        figures[name]["memory"] = added_memory(function)
+    for name, seconds in median_seconds(functions, setting.repetitions, setting.clock).items():
+        figures[name]["seconds"] = seconds
+    return figures
+
+
+GROWTH = {
+    "resolution": (32, 64, 128),
+    "batch_size": (1, 2, 4),
+    "num_vq_embeddings": (1024, 16384),
+    "processes": (1, 2),
+}
+
+
+def measure_growth(setting: Setting) -> Iterator[tuple[str, int, dict[str, float]]]:
+    """(what, value, figures of our step): one thing varied at a time. Every process has `setting.batch_size` images."""
+    for what, values in GROWTH.items():
+        for value in values:
+            if what == "processes":
+                figures = in_fresh_processes(value, measure_step, setting)[0]
+                images = value * setting.batch_size
+            else:
+                varied = replace(setting, **{what: value})
+                figures, images = in_fresh_process(measure_step, varied), varied.batch_size
+            yield what, value, figures | {"images/s": images / figures["seconds"]}
+
+
+def measure_step(setting: Setting, name: str = "ours") -> dict[str, float]:
+    """The same figures as those of `compare_steps`, for one kind of step alone."""
+    step = step_functions(setting, [name])[name]
+    figures = {"gflop": count_gflop(step), "memory": added_memory(step)}
+    return figures | {"seconds": median_seconds({name: step}, setting.repetitions, setting.clock)[name]}
+
+
+def loss_curves(setting: Setting, steps: int) -> dict[str, list[float]]:
+    """
+    L1 + LPIPS of `steps` steps on the same batches, for each step from the same start; and for ours again from the
+    start moved by one part in a million: how far apart equal trainings drift.
+
+    The images are smooth noise, new in every step.
+    """
+    curves: dict[str, list[float]] = {}
+    for label, name in {
+        "ours": "ours",
+        "one pass": "one pass",
+        "two passes": "two passes",
+        "ours, moved": "ours",
+    }.items():
+        step, fields = STEPS[name]
+        state = build_training(setting, **fields)
+        if label == "ours, moved":
+            with torch.no_grad():
+                for parameter in state.vqgan.parameters():
+                    parameter *= 1 + 1e-6
+        generator, curves[label] = torch.Generator().manual_seed(1), []
+        for _ in range(steps):
+            coarse = torch.rand(setting.batch_size, 3, 6, 6, generator=generator) * 2 - 1
+            pixels = nn.functional.interpolate(coarse, size=setting.resolution, mode="bilinear")
+            with torch.no_grad():
+                curves[label].append(float(image_loss(state, state.model(pixels).sample, pixels)))
+            step(state, pixels)
+    return curves
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Where a step's time goes
+
+# Kind -> beginnings of PyTorch's operator names
+KINDS = {
+    "convolution": ("aten::mkldnn_convolution", "aten::convolution", "aten::_slow_conv", "aten::thnn_conv"),
+    "normalisation": ("aten::native_group_norm", "aten::native_batch_norm", "aten::linalg_vector_norm"),
+    "matrix product, attention": ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::_scaled_dot"),
+    "activation": ("aten::silu", "aten::relu", "aten::threshold", "aten::leaky", "aten::softmax", "aten::_softmax"),
+    "resampling, pooling, padding": ("aten::upsample", "aten::max_pool", "aten::constant_pad"),
+    "copy, cast, layout": ("aten::copy_", "aten::clone", "aten::cat", "aten::fill_", "aten::zero_", "aten::stack"),
+    "optimizer": ("aten::_foreach", "aten::lerp", "aten::addcdiv", "aten::addcmul", "aten::sqrt", "Optimizer"),
+}  # fmt: skip
+
+
+def kind_of(operator: str) -> str:
+    for kind, beginnings in KINDS.items():
+        if operator.startswith(beginnings) or "_slow_conv" in operator:
+            return kind
+    return "element-wise and other"
+
+
+def account_for_step(setting: Setting, name: str = "ours") -> dict:
+    """Share of one step's time that each kind of operator takes, and the step's rate next to this machine's peaks."""
+    step = step_functions(setting, [name])[name]
+    gflop = count_gflop(step)
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        step()
+    shares: dict[str, float] = {}
+    operators: dict[str, float] = {}
+    for event in profiler.key_averages():
+        shares[kind_of(event.key)] = shares.get(kind_of(event.key), 0.0) + event.self_cpu_time_total
+        operators[event.key] = event.self_cpu_time_total
+    total = sum(shares.values())
+    seconds = median_seconds({"step": step}, 3, setting.clock)["step"]
+    return {
+        "shares": {kind: time / total for kind, time in sorted(shares.items(), key=lambda item: -item[1])},
+        "operators": {key: time / total for key, time in sorted(operators.items(), key=lambda item: -item[1])[:12]},
+        "gflops": gflop / seconds,
+        "peaks": measure_peaks(setting),
+    }
+
+
+def measure_peaks(setting: Setting) -> dict[str, float]:
+    """GFLOP/s of a large matrix product, and of a 3x3 convolution of 128 channels forward and backward."""
+    dtype = torch.bfloat16 if setting.mixed_precision == "bf16" else torch.float32
+    matrix = torch.randn(2048, 2048, dtype=dtype)
+    conv = nn.Conv2d(128, 128, 3, padding=1).to(dtype)
+    features = torch.randn(4, 128, 64, 64, dtype=dtype, requires_grad=True)
+    functions = {"matrix product": lambda: matrix @ matrix}
+    for label, layout in {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}.items():
+        module = nn.Conv2d(128, 128, 3, padding=1).to(dtype).to(memory_format=layout)
+        module.load_state_dict(conv.state_dict())
+        x = features.detach().contiguous(memory_format=layout).requires_grad_()
+        out = module(x)
+        gradient = torch.randn_like(out)
+        functions[f"convolution {label}"] = functools.partial(_no_graph, module, x.detach())
+        functions[f"convolution {label}, backward"] = functools.partial(
+            torch.autograd.grad, out, [x, module.weight], gradient, retain_graph=True
+        )
+    seconds = median_seconds(functions, setting.repetitions, setting.clock)
+    gflop = {name: count_gflop(function) for name, function in functions.items()}
+    return {name: gflop[name] / seconds[name] for name in functions}
+
+
+@torch.no_grad()
+def _no_graph(function: Callable, *arguments):
+    return function(*arguments)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Inference
+
+
+def compare_inference(setting: Setting, compile: bool = False) -> dict[str, dict[str, float]]:
+    """Task -> contestant -> seconds, against `diffusers.VQModel` with the same weights."""
+    torch.set_num_threads(setting.threads)
+    torch.manual_seed(0)
+    dtype = torch.bfloat16 if setting.mixed_precision == "bf16" else torch.float32
+    plain = VQGANModel(setting.model_config()).eval().to(dtype)
+    models = {
+        "diffusers": plain.to_diffusers(),
+        "hf_vqgan": plain,
+        "hf_vqgan, channels_last": copy.deepcopy(plain).to(memory_format=torch.channels_last),
+    }
+    if compile:
+        for name in tuple(models):
+            models[f"{name}, compiled"] = _compiled(models[name])
+    pixels = setting.pixels().to(dtype)
+    latents = _no_graph(plain.encode, pixels).latents
+    seconds = {}
+    for task, x in {"encode": pixels, "decode": latents, "forward": pixels}.items():
+        functions = {name: functools.partial(_no_graph, getattr(model, task), x) for name, model in models.items()}
+        for function in functions.values():
+            function()
+        seconds[task] = median_seconds(functions, setting.repetitions, setting.clock)
+    return seconds
+
+
+def _compiled(model: nn.Module) -> nn.Module:
+    model = copy.deepcopy(model)
+    model.encoder.compile()
+    model.decoder.compile()
+    return model
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Import
+
+IMPORTS = {
+    "hf_vqgan": "import hf_vqgan",
+    # What its classes are built on and registered with
+    "diffusers, transformers": (
+        "from diffusers import DiffusionPipeline, DiTTransformer2DModel, UNet2DModel, VQModel; "
+        "from diffusers.image_processor import VaeImageProcessor; "
+        "from transformers import AutoConfig, AutoImageProcessor, AutoModel, PreTrainedConfig, PreTrainedModel; "
+        "from transformers.image_processing_backends import TorchvisionBackend"
+    ),
+}
+
+
+def compare_imports(repetitions: int) -> dict[str, float]:
+    """Statement -> median seconds on the cores of processes that run it and nothing else, after one to warm up."""
+
+    def run(statement: str) -> float:
+        before = os.times()
+        subprocess.run([sys.executable, "-c", statement], check=True)
+        after = os.times()
+        return after.children_user + after.children_system - before.children_user - before.children_system
+
+    times: dict[str, list[float]] = {name: [] for name in IMPORTS}
+    for repetition in range(repetitions + 1):
+        for name, statement in IMPORTS.items():
+            seconds = run(statement)
+            if repetition:
+                times[name].append(seconds)
+    return {name: statistics.median(values) for name, values in times.items()}
