@@ -194,7 +194,7 @@ STEPS: dict[str, tuple[Callable, dict]] = {
 
 
 def step_functions(setting: Setting, names: Iterable[str]) -> dict[str, Callable]:
-    functions = {}
+    functions: dict[str, Callable] = {}
     for name in names:
         step, fields = STEPS[name]
         functions[name] = functools.partial(step, build_training(setting, **fields), setting.pixels())
@@ -228,7 +228,7 @@ def measure_growth(setting: Setting) -> Iterator[tuple[str, int, dict[str, float
                 figures = in_fresh_processes(value, measure_step, setting)[0]
                 images = value * setting.batch_size
             else:
-                varied = replace(setting, **{what: value})
+                varied: Setting = replace(setting, **{what: value})  # type: ignore[arg-type]  # all of them numbers
                 figures, images = in_fresh_process(measure_step, varied), varied.batch_size
             yield what, value, figures | {"images/s": images / figures["seconds"]}
 
@@ -362,7 +362,9 @@ def compare_inference(setting: Setting, compile: bool = False) -> dict[str, dict
     latents = _no_graph(plain.encode, pixels).latents
     seconds = {}
     for task, x in {"encode": pixels, "decode": latents, "forward": pixels}.items():
-        functions = {name: functools.partial(_no_graph, getattr(model, task), x) for name, model in models.items()}
+        functions: dict[str, Callable] = {
+            name: functools.partial(_no_graph, getattr(model, task), x) for name, model in models.items()
+        }
         for function in functions.values():
             function()
         seconds[task] = median_seconds(functions, setting.repetitions, setting.clock)

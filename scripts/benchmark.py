@@ -56,7 +56,8 @@ def lookup(arguments: argparse.Namespace) -> list[dict]:
     print_head("N x K x D", *lookup_speed.NAMES, "ours: times faster than cdist / vqp")
     rows = []
     for size in arguments.sizes:
-        figures = lookup_speed.compare_lookups(*map(int, size.split("x")), with_memory=arguments.memory)
+        n, k, d = map(int, size.split("x"))
+        figures = lookup_speed.compare_lookups(n, k, d, with_memory=arguments.memory)
         cells = {
             name: f"{row['seconds'] * 1e3:.1f} ms" + (f", {row['memory']:.0f} MB" if "memory" in row else "")
             for name, row in figures.items()
