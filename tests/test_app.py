@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import photo
-from hub_server import Hub, Repository
+from hub_server import LoopbackHub, Repository
 from huggingface_hub import SpaceCard
 from PIL import Image
 
@@ -272,7 +272,7 @@ class Space(Server):
 
 @pytest.fixture(scope="module")
 def space(folder, tmp_path_factory):
-    hub, patch, written = Hub(), pytest.MonkeyPatch(), tmp_path_factory.mktemp("spaces") / "space"
+    hub, patch, written = LoopbackHub(), pytest.MonkeyPatch(), tmp_path_factory.mktemp("spaces") / "space"
     for name in ("model", "pipeline"):
         files = {str(file.relative_to(folder / name)): file for file in (folder / name).rglob("*") if file.is_file()}
         hub.repositories["model", f"user/{name}"] = repository = Repository(private=False)
