@@ -9,13 +9,12 @@ import contextlib
 import json
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
-from PIL import Image
 from scipy.stats import t as student_t
 from torch import Tensor
 
@@ -71,6 +70,7 @@ MEASURES = {
     "detail": ("detail kept", "higher"),
     "rkid": ("rKID", "lower"),
     "ikid": ("iKID: half-way between neighbours", "lower"),
+    "holes": ("holes: iKID - rKID", "lower"),
     "pkid": ("pKID: 10 % of tokens exchanged", "lower"),
     "token_robustness": ("change when tokens are exchanged", "lower"),
     "perceptual_path_length": ("perceptual path length", "lower"),
@@ -211,6 +211,8 @@ def run(config: LossStudyConfig, name: str, variant: Variant, seed: int) -> dict
         earlier = {"settings": settings, "figures": measure(config, folder)}
         write_text(done, json.dumps(earlier, indent=1) + "\n")
     figures = figures | earlier["figures"]
+    if "ikid" in figures:
+        figures["holes"] = figures["ikid"] - figures["rkid"]
     return {key: figures[key] for key in MEASURES if key in figures}
 
 
@@ -260,7 +262,7 @@ def run_study(config: LossStudyConfig) -> dict:
 
     Returns:
         What study.json holds: `settings`; `figures`, variant -> measure -> one value per seed; `effects`, variant ->
-        measure -> [`Effect`] as a dict.
+        measure -> [`Effect`] as a dict; `gradients_at_z`, variant -> loss -> what `gradients_at_z` gives.
     """
     chosen, folder = config.chosen(), Path(config.output_dir)
     figures: dict[str, dict[str, list[float]]] = {name: {} for name in chosen}
@@ -276,10 +278,15 @@ def run_study(config: LossStudyConfig) -> dict:
         for name, variant in chosen.items()
         if variant.reference in chosen
     }
-    study = {"settings": asdict(config), "figures": figures, "effects": effects}
+    logs = {name: [gradient_rows(run_folder(config, name, seed)) for seed in config.seeds] for name in chosen}
+    gradients = {name: gradients_at_z(seeds, config.max_train_steps // 3) for name, seeds in logs.items()}
+    study = {"settings": asdict(config), "figures": figures, "effects": effects, "gradients_at_z": gradients}
     write_text(folder / "study.json", json.dumps(study, indent=1) + "\n")
     write_text(folder / "study.md", describe(study))
     draw(config, list(chosen))
+    figure = draw_gradients_at_z(logs)
+    figure.savefig(folder / ".gradients.png", dpi=80)
+    (folder / ".gradients.png").replace(folder / "gradients.png")
     return study
 
 
@@ -322,39 +329,94 @@ def paired_effect(values: Sequence[float], reference: Sequence[float]) -> Effect
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# What arrives at z
+
+TERMS = ("l1", "perceptual", "adversarial", "commitment")
+
+
+def gradient_rows(folder: Path) -> list[dict[str, float]]:
+    """The rows of a run's log.jsonl with gradients (gradient_flow.py)."""
+    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [row for row in rows if any(key.startswith("gradient_z_") for key in row)]
+
+
+def gradients_at_z(seeds: list[list[dict[str, float]]], start: int) -> dict[str, dict[str, float]]:
+    """
+    For each loss that reaches z, means over seeds and over the reports after step `start`: `share`, its norm over the
+    sum of all norms, and `cosine` with the sum of all gradients.
+    """
+    rows = [row for log in seeds for row in log if row["step"] > start]
+    present = [term for term in TERMS if rows and all(f"gradient_z_{term}" in row for row in rows)]
+    totals = [sum(row[f"gradient_z_{term}"] for term in present) for row in rows]
+    return {
+        term: {
+            "share": statistics.fmean(
+                row[f"gradient_z_{term}"] / total for row, total in zip(rows, totals, strict=True)
+            ),
+            "cosine": statistics.fmean(row[f"cosine_z_{term}"] for row in rows),
+        }
+        for term in present
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Tables
 
 
 def describe(study: dict) -> str:
-    """study.md: a table of the figures, and one of the effects, in bold where they exceed the noise."""
-    figures, effects = study["figures"], study["effects"]
-    keys = [key for key in MEASURES if all(key in table for table in figures.values())]
-    seeds = len(study["settings"]["seeds"])
-    lines = [
-        f"Mean ± standard deviation over {seeds} seed(s); ↑ ↓: which way is better.",
-        "",
-        f"| measure | {' | '.join(figures)} |",
-        "|---|" + "---|" * len(figures),
-    ]
-    for key in keys:
+    """study.md: the figures, the effects, in bold where they exceed the noise, and the gradients at z."""
+    return "\n".join([*figure_lines(study), "", *effect_lines(study), "", *gradient_lines(study)]) + "\n"
+
+
+def shared_measures(study: dict) -> list[str]:
+    return [key for key in MEASURES if all(key in table for table in study["figures"].values())]
+
+
+def heading(first: str, columns: Iterable[str]) -> list[str]:
+    names = [first, *columns]
+    return [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
+
+
+def figure_lines(study: dict) -> list[str]:
+    figures, seeds = study["figures"], study["settings"]["seeds"]
+    lines = [f"Mean ± standard deviation over {len(seeds)} seed(s); ↑ ↓: which way is better.", ""]
+    lines += heading("measure", figures)
+    for key in shared_measures(study):
         lines.append(f"| {title(key)} | {' | '.join(spread(table[key]) for table in figures.values())} |")
-    lines += [
-        "",
+    return lines
+
+
+def effect_lines(study: dict) -> list[str]:
+    keys = shared_measures(study)
+    effects = {name: [Effect(**table[key]) for key in keys] for name, table in study["effects"].items()}
+    lines = [
         "Difference from the variant in brackets, paired by seed: mean [95 % Student interval]. **Bold**: the interval "
         "leaves out 0; ✓ the better way, ✗ the worse.",
         "",
-        f"| measure | {' | '.join(f'{name} [{VARIANTS[name].reference}]' for name in effects)} |",
-        "|---|" + "---|" * len(effects),
+        *heading("measure", (f"{name} [{VARIANTS[name].reference}]" for name in effects)),
     ]
-    found = {name: {key: Effect(**table[key]) for key in keys} for name, table in effects.items()}
-    for key in keys:
-        cells = [effect_cell(table[key], MEASURES[key][1]) for table in found.values()]
+    for number, key in enumerate(keys):
+        cells = [effect_cell(row[number], MEASURES[key][1]) for row in effects.values()]
         lines.append(f"| {title(key)} | {' | '.join(cells)} |")
-    comparisons = len(keys) * len(found)
-    bold = sum(effect.beyond_noise for table in found.values() for effect in table.values())
-    lines += ["", f"{bold} of {comparisons} differences are bold; chance alone would make about "
-              f"{0.05 * comparisons:.0f} so."]  # fmt: skip
-    return "\n".join(lines) + "\n"
+    comparisons = len(keys) * len(effects)
+    bold = sum(effect.beyond_noise for row in effects.values() for effect in row)
+    by_chance = f"chance alone would make about {0.05 * comparisons:.0f} so"
+    return [*lines, "", f"{bold} of {comparisons} differences are bold; {by_chance}."]
+
+
+def gradient_lines(study: dict) -> list[str]:
+    tables = study["gradients_at_z"]
+    lines = [
+        "Gradients at z after the discriminator's start, mean over reports and seeds: share of the sum of all norms "
+        "(cosine with the sum of all gradients).",
+        "",
+        *heading("loss", tables),
+    ]
+    for term in TERMS:
+        entries = [table.get(term) for table in tables.values()]
+        cells = [f"{entry['share']:.0%} ({entry['cosine']:+.2f})" if entry else "-" for entry in entries]
+        lines.append(f"| {term} | {' | '.join(cells)} |")
+    return lines
 
 
 def title(key: str) -> str:
@@ -363,8 +425,12 @@ def title(key: str) -> str:
 
 
 def spread(values: list[float]) -> str:
-    mean = statistics.fmean(values)
-    return f"{mean:.3g}" if len(values) < 2 else f"{mean:.3g} ± {statistics.stdev(values):.1g}"
+    """Mean ± standard deviation, both to the latter's second digit; of one value, that."""
+    mean, deviation = statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+    if not deviation:
+        return f"{mean:.3g}"
+    digits = max(0, 1 - math.floor(math.log10(deviation)))
+    return f"{mean:.{digits}f} ± {deviation:.{digits}f}"
 
 
 def effect_cell(effect: Effect, better: str) -> str:
@@ -377,12 +443,12 @@ def effect_cell(effect: Effect, better: str) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Pictures, of the first seed
+# Pictures
 
 
 def draw(config: LossStudyConfig, names: list[str]) -> None:
-    """reconstructions.png, interpolations.png, gradients.png and effects.png."""
-    folder, rebuilt, strips, logs = Path(config.output_dir), {}, [], {}
+    """reconstructions.png and interpolations.png, of the first seed."""
+    folder, rebuilt, strips = Path(config.output_dir), {}, []
     for name in names:
         place = run_folder(config, name, config.seeds[0])
         subject, _ = prepare(str(place), config.dataset_name, analysis_config(config))
@@ -390,16 +456,12 @@ def draw(config: LossStudyConfig, names: list[str]) -> None:
             rebuilt["original"] = as_bytes(subject.pixels[:6])
         rebuilt[name] = as_bytes(first_images(subject, 6))
         strips.append((name, interpolate(subject)))
-        logs[name] = [gradient_rows(run_folder(config, name, seed)) for seed in config.seeds]
-    pictures: dict[str, Image.Image | Figure] = {
-        "reconstructions.png": draw_comparison(rebuilt, side=96),
-        "interpolations.png": draw_strips(strips),
-    }
-    for file, picture in pictures.items():
+    for file, picture in (
+        ("reconstructions.png", draw_comparison(rebuilt, side=96)),
+        ("interpolations.png", draw_strips(strips)),
+    ):
         picture.save(folder / f".{file}")
         (folder / f".{file}").replace(folder / file)
-    draw_gradients_at_z(logs).savefig(folder / ".gradients.png", dpi=80)
-    (folder / ".gradients.png").replace(folder / "gradients.png")
 
 
 def as_bytes(images: Tensor) -> Tensor:
@@ -420,11 +482,6 @@ def interpolate(subject: Subject, frames: int = 9) -> Tensor:
     return subject.decode_centred(slerp(start, end, torch.linspace(0, 1, frames, device=start.device)))
 
 
-def gradient_rows(folder: Path) -> list[dict[str, float]]:
-    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return [row for row in rows if any(key.startswith("gradient_z_") for key in row)]
-
-
 def draw_gradients_at_z(logs: dict[str, list[list[dict[str, float]]]]) -> Figure:
     """
     What arrives at z of each loss: one column per variant, norms above, cosines with the sum of all below; a thin line
@@ -436,7 +493,7 @@ def draw_gradients_at_z(logs: dict[str, list[list[dict[str, float]]]]) -> Figure
     figure = Figure(figsize=(2.1 * len(logs) + 0.5, 4.6), layout="constrained")
     panels = figure.subplots(2, len(logs), sharex=True, sharey="row", squeeze=False)
     for column, (name, seeds) in enumerate(logs.items()):
-        for number, term in enumerate(("l1", "perceptual", "adversarial", "commitment")):
+        for number, term in enumerate(TERMS):
             for axes, kind in zip(panels[:, column], ("gradient", "cosine"), strict=True):
                 key, curves = f"{kind}_z_{term}", []
                 for rows in seeds:
