@@ -231,7 +231,7 @@ def measure(config: LossStudyConfig, folder: Path) -> dict[str, float]:
     """The latent space of the model in `folder`; `detail` and `other_lpips` of its reconstructions."""
     torch.set_num_threads(config.cpu_threads)
     subject, _ = prepare(str(folder), config.dataset_name, analysis_config(config))
-    figures = {}
+    figures: dict[str, float] = {}
     for group in config.measures:
         with contextlib.suppress(NotApplicable):
             figures |= {key: measure.value for key, measure in GROUPS[group](subject).items()}
@@ -448,7 +448,8 @@ def effect_cell(effect: Effect, better: str) -> str:
 
 def draw(config: LossStudyConfig, names: list[str]) -> None:
     """reconstructions.png and interpolations.png, of the first seed."""
-    folder, rebuilt, strips = Path(config.output_dir), {}, []
+    folder, strips = Path(config.output_dir), []
+    rebuilt: dict[str, Tensor] = {}
     for name in names:
         place = run_folder(config, name, config.seeds[0])
         subject, _ = prepare(str(place), config.dataset_name, analysis_config(config))
@@ -491,10 +492,10 @@ def draw_gradients_at_z(logs: dict[str, list[list[dict[str, float]]]]) -> Figure
         logs (`dict`): Variant -> one list of log rows per seed, all with the same steps.
     """
     figure = Figure(figsize=(2.1 * len(logs) + 0.5, 4.6), layout="constrained")
-    panels = figure.subplots(2, len(logs), sharex=True, sharey="row", squeeze=False)
-    for column, (name, seeds) in enumerate(logs.items()):
+    norms, cosines = map(list, figure.subplots(2, len(logs), sharex=True, sharey="row", squeeze=False))
+    for above, below, (name, seeds) in zip(norms, cosines, logs.items(), strict=True):
         for number, term in enumerate(TERMS):
-            for axes, kind in zip(panels[:, column], ("gradient", "cosine"), strict=True):
+            for axes, kind in ((above, "gradient"), (below, "cosine")):
                 key, curves = f"{kind}_z_{term}", []
                 for rows in seeds:
                     points = {row["step"]: row[key] for row in rows if key in row}
@@ -503,9 +504,9 @@ def draw_gradients_at_z(logs: dict[str, list[list[dict[str, float]]]]) -> Figure
                 steps = sorted(set.intersection(*(set(points) for points in curves)))
                 means = [statistics.fmean(points[step] for points in curves) for step in steps]
                 axes.plot(steps, means, linewidth=2, color=f"C{number}", label=term)
-        panels[0, column].set_title(name, fontsize=9)
-        panels[1, column].set_xlabel("step", fontsize=8)
-    panels[0, 0].set(yscale="log", ylabel="norm at z")
-    panels[1, 0].set(ylim=(-1.05, 1.05), ylabel="cosine with the sum of all")
-    panels[0, -1].legend(fontsize=7)
+        above.set_title(name, fontsize=9)
+        below.set_xlabel("step", fontsize=8)
+    norms[0].set(yscale="log", ylabel="norm at z")
+    cosines[0].set(ylim=(-1.05, 1.05), ylabel="cosine with the sum of all")
+    cosines[-1].legend(fontsize=7, loc="lower left")
     return figure
