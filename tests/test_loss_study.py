@@ -17,6 +17,7 @@ from hf_vqgan.loss_study import (
     model_config,
     paired_effect,
     run_study,
+    spread,
     training_config,
 )
 
@@ -53,6 +54,12 @@ def test_no_interval_without_spread():
 def test_marks_say_which_way_is_better(mean, better, mark):
     assert effect_cell(Effect(mean, mean - 0.5, mean + 0.5), better).endswith(mark)
     assert "*" not in effect_cell(Effect(mean, mean - 2, mean + 2), better)
+
+
+def test_spread_shows_as_many_digits_as_mean_something():
+    assert spread([1.0, 1.1, 1.2]) == "1.10 ± 0.10"
+    assert spread([140.0, 155.0, 170.0]) == "155 ± 15"
+    assert spread([0.5]) == spread([0.5, 0.5]) == "0.5"
 
 
 def test_detail_kept():
