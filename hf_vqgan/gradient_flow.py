@@ -75,8 +75,9 @@ def term_gradients(state: TrainState, pixels: Tensor) -> dict[str, dict[str, Ten
 
     found = {}
     for name, g in at_x_hat.items():
-        arrived = torch.autograd.grad(x_hat, list(inner.values()), g * scale, retain_graph=True)
-        found[name] = {"x_hat": g} | {place: row / scale for place, row in zip(inner, arrived, strict=True)}
+        share = state.config.adversarial_gradient_at_z if name == "adversarial" else 1.0
+        arrived = torch.autograd.grad(x_hat, list(inner.values()), g * scale, retain_graph=True) if share else ()
+        found[name] = {"x_hat": g} | {place: row * (share / scale) for place, row in zip(inner, arrived, strict=False)}
     weights = state.latent_loss_weights()
     for name, term in latent_losses(state, output, pixels).items():
         if weights[name] and term.requires_grad:

@@ -172,3 +172,14 @@ def test_measured_gradients_are_autograd_s(random_trunk, images):
             expected[f"cosine_{place}_{name}"] = F.cosine_similarity(g, total, dim=0).item()
     assert figures == pytest.approx(expected, rel=1e-6)
     assert math.isfinite(sum(figures.values())) and "gradient_z_codebook" not in figures
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_measured_gradients_are_those_that_pass(random_trunk, images, share):
+    """What is withheld at z is not reported there; at x̂ nothing is withheld."""
+    whole = measure_gradients(double_state(random_trunk, adversarial_weight=0.6), images)
+    cut = measure_gradients(double_state(random_trunk, adversarial_weight=0.6, adversarial_gradient_at_z=share), images)
+    assert cut["gradient_x_hat_adversarial"] == pytest.approx(whole["gradient_x_hat_adversarial"])
+    for place in ("z", "encoder_first", "encoder_last"):
+        key = f"gradient_{place}_adversarial"
+        assert key not in cut if share == 0 else cut[key] == pytest.approx(share * whole[key])
