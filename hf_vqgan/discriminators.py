@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
-from transformers import AutoModel
+
+from .vision_backbone import VisionBackbone
 
 DISCRIMINATORS = ("patchgan", "stylegan", "dino")
 
@@ -166,39 +167,14 @@ class DINODiscriminator(nn.Module):
 
     def __init__(self, backbone: str = "facebook/dino-vits16"):
         super().__init__()
-        try:
-            self.backbone = AutoModel.from_pretrained(backbone).eval()
-        except (OSError, ValueError) as error:
-            raise ValueError(
-                f"disc_backbone={backbone!r} cannot be had ({error}). Name a folder with the model, e.g. a copy of "
-                "facebook/dino-vits16, or take --disc_type patchgan."
-            ) from error
-        config = self.backbone.config
-        if not (hasattr(config, "patch_size") and hasattr(config, "image_size")):
-            raise ValueError(f"disc_backbone={backbone!r} is a {config.model_type}; expected a vision transformer.")
-        for parameter in self.backbone.parameters():
-            parameter.requires_grad_(False)
-        layers = config.num_hidden_layers
+        self.backbone = VisionBackbone(backbone, "disc_backbone", "take --disc_type patchgan")
+        layers = self.backbone.num_layers
         self.depths = sorted({math.ceil(layers * quarter / 4) for quarter in (1, 2, 3, 4)})
-        self.heads = nn.ModuleList(_TokenHead(config.hidden_size) for _ in self.depths)
-        self.side, self.tokens = config.image_size, (config.image_size // config.patch_size) ** 2
-        # What ImageNet networks expect, moved from [0, 1] to [-1, 1]
-        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406])[:, None, None] * 2 - 1)
-        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225])[:, None, None] * 2)
-
-    def train(self, mode: bool = True) -> "DINODiscriminator":
-        super().train(mode)
-        self.backbone.eval()
-        return self
+        self.heads = nn.ModuleList(_TokenHead(self.backbone.dim) for _ in self.depths)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """`(B, 3, H, W)` in [-1, 1] to logits `(B, depths, N)`, N tokens."""
-        size = (self.side, self.side)
-        if pixel_values.shape[2:] != size:
-            pixel_values = F.interpolate(pixel_values, size, mode="bilinear", antialias=True)
-        states = self.backbone((pixel_values - self.mean) / self.std, output_hidden_states=True).hidden_states
-        # The last tokens are the patches; before them come class and register tokens.
-        features = (states[depth][:, -self.tokens :].transpose(1, 2) for depth in self.depths)
+        features = self.backbone(pixel_values, self.depths)
         return torch.cat([head(tokens) for head, tokens in zip(self.heads, features, strict=True)], dim=1)
 
 

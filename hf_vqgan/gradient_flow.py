@@ -7,9 +7,10 @@ the latent space. Here is how much of it gets there, beside the other losses, an
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils.checkpoint import get_device_states
 
 from .losses import adaptive_weight, adversarial_loss, last_layer_gradient, ramp, reconstruction_losses
-from .training_step import TrainState, augment, generate, latent_losses, target_of
+from .training_step import TrainState, augment, generate, latent_losses, loss_scale, target_of
 
 PLACES = ("x_hat", "z", "encoder_first", "encoder_last")
 
@@ -27,8 +28,17 @@ def measure_gradients(state: TrainState, pixels: Tensor) -> dict[str, float]:
     """
     if state.config.decoder_only:
         return {}
-    with torch.random.fork_rng(devices=[pixels.device] if pixels.device.type == "cuda" else []):
-        gradients = term_gradients(state, pixels)
+    devices, _ = get_device_states(pixels)
+    # In eval mode, a discriminator's spectral norms stay where they are.
+    judging = state.discriminator is not None and state.discriminator.training
+    try:
+        if judging:
+            state.discriminator.eval()
+        with torch.random.fork_rng(devices):
+            gradients = term_gradients(state, pixels)
+    finally:
+        if judging:
+            state.discriminator.train()
     figures: dict[str, float] = {}
     for place in PLACES:
         present = {term: rows[place] for term, rows in gradients.items() if place in rows}
@@ -51,7 +61,7 @@ def term_gradients(state: TrainState, pixels: Tensor) -> dict[str, dict[str, Ten
         "encoder_first": model.encoder.conv_in.weight,
         "encoder_last": model.encoder.conv_out.weight,
     }
-    scale = state.accelerator.scaler.get_scale() if state.accelerator.scaler is not None else 1.0
+    scale = loss_scale(state.accelerator)
 
     def gradient(loss: Tensor, at: Tensor) -> Tensor:
         return torch.autograd.grad(loss * scale, at, retain_graph=True)[0] / scale

@@ -335,9 +335,8 @@ def measure_latents(model: VQGANModel, load_batch: Callable[[int], Tensor], num_
     # Per batch: Σz and Σz² of each channel, positions, images. Other processes' rows stay 0.
     dim = model.config.vq_embed_dim
     table = torch.zeros(num_batches, 2 * dim + 2, dtype=torch.float64)
-    rank, processes = (
-        (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
-    )
+    distributed = dist.is_available() and dist.is_initialized()
+    rank, processes = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
     for number in range(rank, num_batches, processes):
         latents = model.encode(load_batch(number).to(model.device)).latents.double().cpu()
         sums = latents.sum(dim=(0, 2, 3)), latents.square().sum(dim=(0, 2, 3))

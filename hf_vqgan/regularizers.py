@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoModel
+
+from .vision_backbone import VisionBackbone
 
 TRANSFORMS = ("scale", "rotate", "flip")
 
@@ -91,37 +92,15 @@ class FeatureAlignment(nn.Module):
 
     def __init__(self, name: str, latent_dim: int):
         super().__init__()
-        try:
-            backbone = AutoModel.from_pretrained(name).eval()
-        except (OSError, ValueError) as error:
-            raise ValueError(
-                f"alignment_model={name!r} cannot be had ({error}). Name a folder with the model, e.g. a copy of "
-                "facebook/dinov2-small, or set alignment_weight to 0."
-            ) from error
-        config = backbone.config
-        if not (hasattr(config, "patch_size") and hasattr(config, "image_size")):
-            raise ValueError(f"alignment_model={name!r} is a {config.model_type}; expected a vision transformer.")
-        for parameter in backbone.parameters():
-            parameter.requires_grad_(False)
-        self.backbone = backbone
-        self.side, self.grid = config.image_size, config.image_size // config.patch_size
-        self.project = nn.Conv2d(latent_dim, config.hidden_size, 1)
-        # What ImageNet networks expect, moved from [0, 1] to [-1, 1]
-        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406])[:, None, None] * 2 - 1)
-        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225])[:, None, None] * 2)
-
-    def train(self, mode: bool = True) -> "FeatureAlignment":
-        super().train(mode)
-        self.backbone.eval()
-        return self
+        self.backbone = VisionBackbone(name, "alignment_model", "set alignment_weight to 0")
+        self.project = nn.Conv2d(latent_dim, self.backbone.dim, 1)
 
     @torch.no_grad()
     def features(self, pixel_values: Tensor, size: tuple[int, int]) -> Tensor:
         """Images `(B, 3, H, W)` in [-1, 1] to features `(B, F, *size)`."""
-        pixels = F.interpolate(pixel_values, (self.side, self.side), mode="bilinear", antialias=True)
-        tokens = self.backbone((pixels - self.mean) / self.std).last_hidden_state
-        tokens = tokens[:, -(self.grid**2) :].transpose(1, 2)  # before the patches come class and register tokens
-        return F.interpolate(tokens.unflatten(2, (self.grid, self.grid)), size, mode="bilinear", antialias=True)
+        (tokens,) = self.backbone(pixel_values)
+        grid = tokens.unflatten(2, (self.backbone.grid, self.backbone.grid))
+        return F.interpolate(grid, size, mode="bilinear", antialias=True)
 
     def forward(self, latents: Tensor, pixel_values: Tensor) -> Tensor:
         """Latents `(B, D, h, w)` and their images `(B, 3, H, W)` in [-1, 1] to the loss."""

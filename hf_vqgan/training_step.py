@@ -230,12 +230,18 @@ def training_step(state: TrainState, micro_batches: list[Tensor]) -> StepOutput:
     nonfinite = tuple(name for name, value in (means | norms).items() if not math.isfinite(value))
     update_weights(state, apply=not nonfinite)
     applied = float(balance) if state.adversarial else 0.0
-    if watched and not nonfinite:
+    if watched:
         rec, adv = watched.pop("rec_gradient_square"), watched.pop("adv_gradient_square")
         watched["gradient_ratio"] = applied * adversarial_factor * math.sqrt(adv / rec) if rec else 0.0
-        move_lecam_anchors(state, watched)
+        if not nonfinite:
+            move_lecam_anchors(state, watched)
     state.step += 1
     return StepOutput(means, watched, torch.cat(indices), torch.cat(latents), applied, **norms, nonfinite=nonfinite)
+
+
+def loss_scale(accelerator: Accelerator) -> float:
+    """By what every backward pass is scaled under fp16, where gradients of means over pixels would vanish; else 1."""
+    return accelerator.scaler.get_scale() if accelerator.scaler is not None else 1.0
 
 
 def generate(state: TrainState, pixels: Tensor, number: int, model: nn.Module | None = None) -> VQGANOutput:
@@ -290,7 +296,7 @@ def withhold(state: TrainState, output: VQGANOutput, adversarial: Tensor) -> Ten
     share = state.config.adversarial_gradient_at_z
     if share == 1:
         return torch.zeros((), device=adversarial.device)
-    scale = state.accelerator.scaler.get_scale() if state.accelerator.scaler is not None else 1.0
+    scale = loss_scale(state.accelerator)
     (at_z,) = torch.autograd.grad(output.sample, output.latents, adversarial * scale, retain_graph=True)
     return (output.latents * at_z).sum() * ((share - 1) / scale)
 
@@ -304,8 +310,7 @@ def image_gradients(state: TrainState, sample: Tensor, pixels: Tensor, number: i
     """
     config, accelerator = state.config, state.accelerator
     x_hat, pixels = sample.detach().requires_grad_(), target_of(state, pixels)
-    # Under fp16 every backward pass is scaled: gradients of means over pixels would vanish in it.
-    scale = accelerator.scaler.get_scale() if accelerator.scaler is not None else 1.0
+    scale = loss_scale(accelerator)
     with accelerator.autocast():
         terms = reconstruction_losses(x_hat, pixels, state.perceptual)
     (reconstruction,) = torch.autograd.grad(weighted_sum(terms, state.image_loss_weights()) * scale, x_hat)
@@ -378,7 +383,8 @@ def mean_over_batch(accelerator: Accelerator, figures: list[dict[str, Tensor]]) 
 def clip_gradients(state: TrainState) -> dict[str, float]:
     """Clip each network's gradient to its own limit. Returns the norms before, 0 for a network that does not train."""
     config, norms = state.config, {"grad_norm": 0.0, "disc_grad_norm": 0.0}
-    limits = (config.max_grad_norm, _default(config.disc_max_grad_norm, config.max_grad_norm))
+    disc_limit = config.max_grad_norm if config.disc_max_grad_norm is None else config.disc_max_grad_norm
+    limits = (config.max_grad_norm, disc_limit)
     for name, optimizer, limit in zip(norms, (state.optimizer, state.disc_optimizer), limits, strict=True):
         if name == "grad_norm" or state.adversarial:
             if state.accelerator.scaler is not None:
@@ -405,10 +411,6 @@ def update_weights(state: TrainState, apply: bool) -> None:
         optimizer.zero_grad()
     if scaler is not None:
         scaler.update()
-
-
-def _default(value: float | None, otherwise: float) -> float:
-    return otherwise if value is None else value
 
 
 def _no_sync_unless(accelerator: Accelerator, last: bool, model: nn.Module | None):

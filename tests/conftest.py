@@ -14,6 +14,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from PIL import Image
 from safetensors.torch import save_file
+from transformers import ViTConfig, ViTModel
 
 from hf_vqgan import VQGANConfig, VQGANLatentDiffusionPipeline, VQGANModel
 from hf_vqgan.losses import LPIPS
@@ -151,6 +152,16 @@ def broken_folder(tmp_path_factory):
         write_tar(folder / "tars" / f"train-{shard}.tar", files[250 * shard : 250 * (shard + 1)])
     write_tar(folder / "tars" / "validation-0.tar", [whole])
     return folder
+
+
+@pytest.fixture(scope="session")
+def backbone(tmp_path_factory) -> str:
+    """The folder of a vision transformer small enough to train against, with random weights."""
+    folder = tmp_path_factory.mktemp("backbone")
+    config = ViTConfig(hidden_size=16, num_hidden_layers=4, num_attention_heads=2, intermediate_size=32, image_size=32,
+                       patch_size=8)  # fmt: skip
+    ViTModel(config, add_pooling_layer=False).save_pretrained(folder)
+    return str(folder)
 
 
 @pytest.fixture(scope="session")

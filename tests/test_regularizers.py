@@ -5,8 +5,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from test_training_step import applied_gradients, assert_close, double_state
-from transformers import ViTConfig, ViTModel
 
+from hf_vqgan.discriminators import DINODiscriminator
 from hf_vqgan.gradient_flow import measure_gradients
 from hf_vqgan.losses import adversarial_loss
 from hf_vqgan.regularizers import FeatureAlignment, SpatialTransform, add_noise, draw_transform
@@ -111,15 +111,6 @@ def test_regularized_accumulation_equals_a_large_batch(random_trunk, images):
 # ------------------------------------------------------------------------------------------------ alignment
 
 
-@pytest.fixture(scope="module")
-def backbone(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("vision")
-    config = ViTConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, image_size=32,
-                       patch_size=8)  # fmt: skip
-    ViTModel(config, add_pooling_layer=False).save_pretrained(folder)
-    return str(folder)
-
-
 def test_alignment_is_zero_for_the_features_themselves_and_pulls_others(backbone):
     alignment = FeatureAlignment(backbone, 16)
     images = torch.rand(2, 3, 32, 32) * 2 - 1
@@ -183,3 +174,12 @@ def test_measured_gradients_are_those_that_pass(random_trunk, images, share):
     for place in ("z", "encoder_first", "encoder_last"):
         key = f"gradient_{place}_adversarial"
         assert key not in cut if share == 0 else cut[key] == pytest.approx(share * whole[key])
+
+
+def test_measuring_moves_no_spectral_norm(random_trunk, images, backbone):
+    state = double_state(random_trunk)
+    state.discriminator = DINODiscriminator(backbone).double().train()
+    before = {name: tensor.clone() for name, tensor in state.discriminator.state_dict().items()}
+    assert "gradient_z_adversarial" in measure_gradients(state, images)
+    assert all(torch.equal(before[name], tensor) for name, tensor in state.discriminator.state_dict().items())
+    assert state.discriminator.heads.training
