@@ -5,6 +5,7 @@ Shapes: C channels, H x W pixels, h x w positions of codes, f = H/h, K codes, D 
 """
 
 import math
+import threading
 from dataclasses import dataclass, replace
 
 import torch
@@ -20,6 +21,8 @@ from .pictures import code_colours
 from .pipelines import VQGANLatentDiffusionPipeline
 
 PALETTE_COLUMNS, PALETTE_CELL = 32, 30
+# transformers and diffusers swap out global functions while they load, so that one load spoils another beside it.
+_LOADING = threading.Lock()
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,7 +92,8 @@ def load_model(name: str) -> VQGANModel:
         OSError: if there is no such model.
         ValueError: if there is one, but of another kind.
     """
-    model = VQGANModel.from_pretrained(name, use_safetensors=True)
+    with _LOADING:
+        model = VQGANModel.from_pretrained(name, use_safetensors=True)
     return model.to(_device()).eval().requires_grad_(False)
 
 
@@ -104,7 +108,9 @@ def load_pipeline(name: str) -> VQGANLatentDiffusionPipeline:
     kind = VQGANLatentDiffusionPipeline.load_config(name).get("_class_name")
     if kind != VQGANLatentDiffusionPipeline.__name__:
         raise ValueError(f"{name} holds a {kind}; expected a {VQGANLatentDiffusionPipeline.__name__}.")
-    return VQGANLatentDiffusionPipeline.from_pretrained(name, use_safetensors=True).to(_device())
+    with _LOADING:
+        pipeline = VQGANLatentDiffusionPipeline.from_pretrained(name, use_safetensors=True)
+    return pipeline.to(_device())
 
 
 def _device() -> str:
