@@ -86,6 +86,8 @@ MEASURES = {
     "latent_high_frequency_share": ("high frequencies in the latents", "lower"),
     "linear_probe": ("linear probe", "higher"),
     "effective_dimension": ("effective dimension", "higher"),
+    "diffusion_loss": ("loss of a small diffusion model", "lower"),
+    "gkid": ("KID of its samples", "lower"),
 }
 
 
@@ -121,10 +123,13 @@ class LossStudyConfig:
         "What to measure of the latent space.",
         tuple(GROUPS),
     )
+    diffusion_steps: int = option(500, "Training steps of the measure `diffusability`, if it is among them.")
     cpu_threads: int = option(1, "Threads per run on CPU.")
 
     def __post_init__(self):
-        check_values(self, positive=("max_train_steps", "max_samples", "train_batch_size", "cpu_threads"))
+        check_values(
+            self, positive=("max_train_steps", "max_samples", "train_batch_size", "diffusion_steps", "cpu_threads")
+        )
         if len(set(self.seeds)) != len(self.seeds) or not self.seeds:
             raise ValueError(f"seeds={self.seeds} must be one or more different numbers.")
         if not self.dataset_name:
@@ -221,6 +226,7 @@ def analysis_config(config: LossStudyConfig) -> LatentAnalysisConfig:
         measures=config.measures,
         max_samples=config.max_samples,
         path_steps=8,
+        diffusion_steps=config.diffusion_steps,
         perceptual_net=config.perceptual_net,
         perceptual_weights_path=config.perceptual_weights_path,
     )

@@ -10,6 +10,8 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .residual_block import norm_act_conv
+
 EPS = 1e-6
 
 
@@ -32,8 +34,8 @@ class MaskGitResnetBlock(nn.Module):
         self.conv_shortcut = nn.Conv2d(out_channels, out_channels, 1, bias=False) if changes else None
 
     def forward(self, features: Tensor) -> Tensor:
-        hidden = self.conv1(self.act(self.norm1(features)))
-        hidden = self.conv2(self.act(self.norm2(hidden)))
+        hidden = norm_act_conv(features, self.norm1, self.act, self.conv1)
+        hidden = norm_act_conv(hidden, self.norm2, self.act, self.conv2)
         return hidden + (features if self.conv_shortcut is None else self.conv_shortcut(hidden))
 
 

@@ -26,6 +26,7 @@ from transformers.utils import ModelOutput
 from .configuration_vqgan import VQGANConfig
 from .modeling_maskgit import MaskGitDecoder, MaskGitEncoder
 from .quantizers import QUANTIZERS, Quantizer
+from .residual_block import lighten
 
 
 @dataclass
@@ -452,7 +453,7 @@ def build_encoder(config: VQGANConfig) -> nn.Module:
             downsample_padding=0,
             attention_head_dim=first,
         )
-    return encoder
+    return lighten(encoder)
 
 
 def build_decoder(config: VQGANConfig) -> nn.Module:
@@ -479,7 +480,7 @@ def build_decoder(config: VQGANConfig) -> nn.Module:
                 channels = norm.norm_layer.num_channels
                 norm.conv_y = nn.Conv2d(config.vq_embed_dim, channels, 1)
                 norm.conv_b = nn.Conv2d(config.vq_embed_dim, channels, 1)
-    return decoder
+    return lighten(decoder)
 
 
 def tile_slices(side: int, tile: int, overlap: int) -> list[slice]:

@@ -32,7 +32,7 @@ from .configuration_training import VQGANTrainingConfig
 from .configuration_vqgan import VQGANConfig
 from .losses import LPIPS
 from .modeling_vqgan import VQGANModel
-from .textbook_steps import image_loss, one_pass_gradients, textbook_step, two_pass_gradients
+from .textbook_steps import image_loss, one_pass_gradients, textbook_step, two_pass_gradients, use_plain_blocks
 from .training import build_accelerator, build_state, load_lpips
 from .training_step import TrainState, training_step
 
@@ -160,7 +160,7 @@ def count_gflop(function: Callable) -> float:
 def build_training(setting: Setting, textbook: bool = False, **fields) -> TrainState:
     """
     What a run would train at this setting, with a codebook spread as wide as the latents of a new model. For the
-    textbook steps without what this package's trainer does to layouts and dtypes.
+    textbook steps without what this package does to layouts, dtypes and residual blocks.
     """
     config = VQGANTrainingConfig(
         dataset_name="none",
@@ -177,6 +177,8 @@ def build_training(setting: Setting, textbook: bool = False, **fields) -> TrainS
     perceptual = LPIPS(config.perceptual_net) if textbook else load_lpips(config, accelerator)[0]
     state = build_state(config, setting.model_config(), accelerator, perceptual)
     nn.init.normal_(state.vqgan.quantize.embedding.weight, std=0.5)
+    if textbook:
+        use_plain_blocks(state.vqgan)
     return state
 
 

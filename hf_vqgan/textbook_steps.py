@@ -7,10 +7,12 @@ clipping, and share its losses. Neither knows micro-batches, fp16 or several pro
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from diffusers.models.resnet import ResnetBlock2D
+from torch import Tensor, nn
 
 from .losses import adversarial_loss, discriminator_losses, lecam_penalty, r1_penalty, reconstruction_losses
 from .modeling_vqgan import VQGANOutput
+from .residual_block import ResidualBlock
 from .training_step import TrainState, augment, clip_gradients, update_weights
 
 
@@ -85,6 +87,13 @@ def discriminator_gradients(state: TrainState, sample: Tensor, pixels: Tensor) -
     if state.lecam_anchors:
         loss = loss + config.lecam_weight * lecam_penalty(real_logits, fake_logits, *state.lecam_anchors)
     loss.backward()
+
+
+def use_plain_blocks(network: nn.Module) -> None:
+    """Let the residual blocks in `network` be diffusers' own again: what `lighten` did, undone."""
+    for block in network.modules():
+        if type(block) is ResidualBlock:
+            block.__class__ = ResnetBlock2D
 
 
 def textbook_step(gradients: Callable[[TrainState, Tensor], Tensor], state: TrainState, pixels: Tensor) -> Tensor:

@@ -12,7 +12,8 @@ from hf_vqgan.configuration_training import VQGANTrainingConfig
 from hf_vqgan.discriminators import PatchDiscriminator
 from hf_vqgan.losses import LPIPS
 from hf_vqgan.metrics import CodebookHealth
-from hf_vqgan.textbook_steps import one_pass_gradients, two_pass_gradients
+from hf_vqgan.residual_block import lighten
+from hf_vqgan.textbook_steps import one_pass_gradients, two_pass_gradients, use_plain_blocks
 from hf_vqgan.training import build_model
 from hf_vqgan.training_step import TrainState, training_step, update_codebook
 
@@ -54,7 +55,9 @@ def applied_gradients(state: TrainState, micro_batches):
 
 def textbook_gradients(state: TrainState, x: torch.Tensor, method=one_pass_gradients):
     """What plain autograd gives, and λ. Changes no weight and leaves no gradient behind."""
+    use_plain_blocks(state.vqgan)
     balance = method(state, x)
+    lighten(state.vqgan)
     gradients = [p.grad for network in (state.model, state.discriminator) for p in network.parameters()]
     for network in (state.model, state.discriminator):
         network.zero_grad(set_to_none=True)

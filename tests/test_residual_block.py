@@ -1,0 +1,141 @@
+"""The residual block's light backward pass, against diffusers' block and autograd."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import TINY
+from diffusers.models.resnet import ResnetBlock2D
+from torch import nn
+
+from hf_vqgan import VQGANConfig, VQGANModel
+from hf_vqgan.residual_block import ResidualBlock, lighten, norm_act_conv
+
+LAYOUTS = (torch.contiguous_format, torch.channels_last)
+
+
+def blocks(out_channels: int = 16, activation: str = "silu") -> tuple[ResidualBlock, ResnetBlock2D]:
+    """Ours and diffusers', with the same weights, float64."""
+    torch.manual_seed(0)
+    plain = ResnetBlock2D(in_channels=16, out_channels=out_channels, temb_channels=None, groups=4, eps=1e-6,
+                          non_linearity=activation).double()  # fmt: skip
+    for norm in (plain.norm1, plain.norm2):
+        nn.init.normal_(norm.weight)
+        nn.init.normal_(norm.bias)
+    ours = lighten(nn.ModuleList([copy.deepcopy(plain)]))[0]
+    assert type(ours) is ResidualBlock
+    return ours, plain
+
+
+def gradients(block: nn.Module, x: torch.Tensor, direction: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Output, and gradients at the input and all parameters."""
+    x = x.clone(memory_format=torch.preserve_format).requires_grad_()
+    out = block(x, None)
+    return out, *torch.autograd.grad(out, (x, *block.parameters()), direction.to(out.dtype))
+
+
+@pytest.mark.parametrize("shape", [(3, 16, 5, 6), (1, 16, 4, 1), (2, 16, 1, 1)], ids=str)
+@pytest.mark.parametrize("out_channels", [16, 24])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_same_values_and_gradients(layout, out_channels, shape):
+    ours, plain = (block.to(memory_format=layout) for block in blocks(out_channels))
+    x = (torch.randn(shape, dtype=torch.float64) * 2 + 3).contiguous(memory_format=layout)
+    direction = torch.randn(shape[0], out_channels, *shape[2:], dtype=torch.float64)
+    for one, other in zip(gradients(ours, x, direction), gradients(plain, x, direction), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+    assert ours(x).is_contiguous(memory_format=layout)
+    torch.testing.assert_close(ours.eval()(x), plain.eval()(x, None), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_mixed_precision_is_off_by_rounding_alone(layout):
+    ours, plain = blocks(24)
+    x = (torch.randn(4, 16, 16, 16) * 2 + 3).contiguous(memory_format=layout)
+    direction = torch.randn(4, 24, 16, 16)
+    exact = gradients(plain, x.double(), direction.double())
+    ours, separate = (block.float().to(memory_format=layout) for block in (ours, copy.deepcopy(plain)))
+    with torch.autocast("cpu", torch.bfloat16):
+        got, usual = gradients(ours, x, direction), gradients(separate, x, direction)
+    assert [t.dtype for t in got] == [t.dtype for t in usual]
+    for one, other, wanted in zip(got, usual, exact, strict=True):
+        error, usual_error = ((t.double() - wanted).norm() / wanted.norm() for t in (one, other))
+        assert error < max(2 * usual_error, 1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_whole_block_in_one_precision(dtype):
+    ours, plain = blocks(24)
+    x, direction = torch.randn(2, 16, 8, 8), torch.randn(2, 24, 8, 8)
+    for one, other in zip(
+        gradients(ours.to(dtype), x.to(dtype), direction), gradients(plain, x.double(), direction), strict=True
+    ):
+        assert one.dtype == dtype
+        assert (one.double() - other).norm() < 8 * torch.finfo(dtype).eps * other.norm()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_second_derivatives(layout):
+    ours, plain = blocks(24)
+    x = torch.randn(2, 16, 3, 4, dtype=torch.float64).contiguous(memory_format=layout).requires_grad_()
+
+    def penalty(block):
+        (at_x,) = torch.autograd.grad(block(x, None).square().sum(), x, create_graph=True)
+        wanted = (x, *(parameter for parameter in block.parameters() if parameter is not block.conv_shortcut.bias))
+        return torch.autograd.grad(at_x.square().sum(), wanted)
+
+    for one, other in zip(penalty(ours), penalty(plain), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+
+
+def test_frozen_parameters_get_no_gradient():
+    """A frozen block passes the gradient on; what is not frozen in a block learns."""
+    for frozen in ("norm1", "conv1", ""):
+        ours, plain = blocks()
+        for block in (ours, plain):
+            getattr(block, frozen).requires_grad_(False) if frozen else block.requires_grad_(False)
+        inputs = [torch.ones(1, 16, 4, 4, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+        (ours(inputs[0]).square().sum() + plain(inputs[1], None).square().sum()).backward()
+        pairs = zip((*ours.parameters(), inputs[0]), (*plain.parameters(), inputs[1]), strict=True)
+        for one, other in pairs:
+            assert (one.grad is None) == (other.grad is None)
+            assert one.grad is None or torch.allclose(one.grad, other.grad, rtol=1e-9, atol=1e-9)
+    x = torch.randn(1, 16, 4, 4, dtype=torch.float64)
+    ours, _ = blocks()
+    ours(x).sum().backward()  # the input, as an image, needs none
+    assert ours.conv1.weight.grad is not None
+
+
+def test_two_tensors_are_kept():
+    ours, _ = blocks()
+    x, kept = torch.randn(2, 16, 8, 8, dtype=torch.float64, requires_grad=True), set()
+
+    def note(tensor):
+        kept.add((tensor.data_ptr(), tensor.numel()))
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        ours(x)
+    assert sum(size == x.numel() for _, size in kept) == 2
+
+
+def test_other_activations_and_convolutions_go_their_own_way():
+    """A convolution that somebody has replaced, by an adapter say, is called and not looked into."""
+    ours, plain = blocks(activation="relu")
+    x = torch.randn(1, 16, 4, 4, dtype=torch.float64)
+    torch.testing.assert_close(ours(x), plain(x, None), rtol=1e-12, atol=1e-12)
+
+    class Doubled(nn.Conv2d):
+        def forward(self, hidden):
+            return 2 * super().forward(hidden)
+
+    norm, conv = nn.GroupNorm(2, 4), Doubled(4, 4, 3)
+    x = torch.randn(1, 4, 4, 4)
+    torch.testing.assert_close(norm_act_conv(x, norm, nn.SiLU(), conv), conv(F.silu(norm(x))))
+
+
+def test_every_block_of_a_model_is_light():
+    """Otherwise a new release of diffusers could quietly take the savings away."""
+    model = VQGANModel(VQGANConfig(**TINY))
+    found = [type(module) for module in model.modules() if isinstance(module, ResnetBlock2D)]
+    assert found and set(found) == {ResidualBlock}
