@@ -25,7 +25,8 @@ class ResidualBlock(ResnetBlock2D):
         """`(B, in, h, w)` to `(B, out, h, w)`: x + conv2(act(norm2(conv1(act(norm1(x))))))."""
         hidden = norm_act_conv(input_tensor, self.norm1, self.nonlinearity, self.conv1)
         hidden = norm_act_conv(hidden, self.norm2, self.nonlinearity, self.conv2)
-        return hidden + (input_tensor if self.conv_shortcut is None else self.conv_shortcut(input_tensor))
+        shortcut = input_tensor if self.conv_shortcut is None else self.conv_shortcut(input_tensor)
+        return hidden + shortcut if torch.is_grad_enabled() else hidden.add_(shortcut)
 
 
 def lighten(network: nn.Module) -> nn.Module:
@@ -39,13 +40,14 @@ def lighten(network: nn.Module) -> nn.Module:
 def norm_act_conv(x: Tensor, norm: nn.Module, activation: nn.Module, conv: nn.Module) -> Tensor:
     """
     `conv(activation(norm(x)))`. In training mode, where it is GroupNorm, SiLU and a convolution, the backward pass has
-    `x` alone to go by and computes the rest again.
+    `x` alone to go by and computes the rest again. Without gradients, SiLU overwrites what it is given.
     """
-    plain = type(norm) is nn.GroupNorm and type(activation) is nn.SiLU and type(conv) is nn.Conv2d
-    if plain and norm.training and torch.is_grad_enabled():
+    if type(norm) is not nn.GroupNorm or type(activation) is not nn.SiLU or type(conv) is not nn.Conv2d:
+        return conv(activation(norm(x)))
+    if norm.training and torch.is_grad_enabled():
         how = norm.num_groups, norm.eps, conv.stride, conv.padding, conv.dilation, conv.groups
         return _NormSiLUConv.apply(x, norm.weight, norm.bias, conv.weight, conv.bias, *how)
-    return conv(activation(norm(x)))
+    return conv(F.silu(norm(x), inplace=not torch.is_grad_enabled()))
 
 
 class _NormSiLUConv(torch.autograd.Function):

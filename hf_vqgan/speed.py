@@ -179,6 +179,8 @@ def build_training(setting: Setting, textbook: bool = False, **fields) -> TrainS
     nn.init.normal_(state.vqgan.quantize.embedding.weight, std=0.5)
     if textbook:
         use_plain_blocks(state.vqgan)
+        for group in (*state.optimizer.param_groups, *state.disc_optimizer.param_groups):
+            group["fused"] = False
     return state
 
 
