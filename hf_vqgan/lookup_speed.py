@@ -94,5 +94,5 @@ def compare_lookups(n: int, k: int, d: int, with_memory: bool = False) -> dict[s
     figures = {name: {"seconds": seconds} for name, seconds in median_seconds(functions, budget=12.0).items()}
     if with_memory:
         for name in figures:
-            figures[name]["memory"] = in_fresh_process(lookup_memory, n, k, d, name)
+            figures[name]["memory"] = in_fresh_process(lookup_memory, n, k, d, name, frees_at_once=True)
     return figures

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import math
 import os
 import shutil
 from dataclasses import Field, asdict
@@ -188,10 +189,11 @@ class RunFolder:
         processor.save_pretrained(folder)
 
     def log(self, row: dict[str, float]) -> None:
-        """Append to log.jsonl and to the trackers."""
+        """Append to log.jsonl, but for figures that are not finite, which JSON cannot hold; and to the trackers."""
         if self.accelerator.is_main_process:
+            finite = {name: value for name, value in row.items() if math.isfinite(value)}
             with open(self.folder / LOG_FILE, "a") as file:
-                file.write(json.dumps(row) + "\n")
+                file.write(json.dumps(finite, allow_nan=False) + "\n")
         self.accelerator.log({name: value for name, value in row.items() if name != "step"}, step=row["step"])
 
     def read_log(self) -> list[dict[str, float]]:

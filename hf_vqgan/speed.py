@@ -2,7 +2,8 @@
 
 Machines are noisy and shared. Contestants therefore take turns within one process and medians are compared; floating
 point operations, which are exact, and peak memory, which is nearly so, stand beside the times. Every group of
-contestants runs in a process of its own (`in_fresh_process`).
+contestants runs in a process of its own (`in_fresh_process`), and every measurement of memory, because an allocator
+that shows each tensor that is gone makes the next one slow.
 """
 
 import contextlib
@@ -23,6 +24,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 
 import torch
+from accelerate.utils import patch_environment
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -68,16 +70,16 @@ class Setting:
 # Measuring
 
 
-def in_fresh_process(function: Callable, *arguments):
-    """`function(*arguments)` in a new process that has imported this module and nothing else."""
-    return in_fresh_processes(1, function, *arguments)[0]
+def in_fresh_process(function: Callable, *arguments, frees_at_once: bool = False):
+    """`function(*arguments)` in a new process; `frees_at_once` as in `in_fresh_processes`."""
+    return in_fresh_processes(1, function, *arguments, frees_at_once=frees_at_once)[0]
 
 
-def in_fresh_processes(count: int, function: Callable, *arguments) -> list:
-    """`function(*arguments)` in `count` new processes at once, which Accelerate finds to be one launch."""
-    os.environ["MALLOC_MMAP_THRESHOLD_"] = str(2**16)  # glibc: what is freed goes back to the system at once
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
+def in_fresh_processes(count: int, function: Callable, *arguments, frees_at_once: bool = False) -> list:
+    """
+    `function(*arguments)` in `count` new processes at once, which Accelerate finds to be one launch. With
+    `frees_at_once`, memory that is freed goes back to the system at once, for `added_memory` to see (glibc).
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -85,7 +87,10 @@ def in_fresh_processes(count: int, function: Callable, *arguments) -> list:
     if count > 1:
         common = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         launches = [common | {"RANK": rank, "LOCAL_RANK": rank, "ACCELERATE_USE_CPU": "true"} for rank in range(count)]
+    allocator = {"MALLOC_MMAP_THRESHOLD_": 2**16} if frees_at_once else {}
     with contextlib.ExitStack() as stack:
+        stack.enter_context(patch_environment(**allocator))  # read when a process starts
+        context = multiprocessing.get_context("spawn")
         executors = [stack.enter_context(ProcessPoolExecutor(1, mp_context=context)) for _ in launches]
         calls = [
             executor.submit(_with_environment, launch, function, *arguments)
@@ -206,14 +211,26 @@ def step_functions(setting: Setting, names: Iterable[str]) -> dict[str, Callable
 
 
 def compare_steps(setting: Setting, names: Iterable[str] = STEPS) -> dict[str, dict[str, float]]:
-    """Step -> `gflop`, `memory` (MB that it adds at its peak), `seconds`. Its first call, which counts, warms up."""
-    functions = step_functions(setting, names)
-    figures = {name: {"gflop": count_gflop(function)} for name, function in functions.items()}
-    for name, function in functions.items():
-        figures[name]["memory"] = added_memory(function)
-    for name, seconds in median_seconds(functions, setting.repetitions, setting.clock).items():
-        figures[name]["seconds"] = seconds
+    """Step -> `gflop`, `seconds`, `memory` (MB that it adds at its peak)."""
+    figures = in_fresh_process(time_steps, setting, tuple(names))
+    for name in figures:
+        figures[name]["memory"] = in_fresh_process(step_memory, setting, name, frees_at_once=True)
     return figures
+
+
+def time_steps(setting: Setting, names: Iterable[str]) -> dict[str, dict[str, float]]:
+    """Step -> `gflop`, `seconds`. The first call, which counts, warms up."""
+    functions = step_functions(setting, names)
+    gflop = {name: count_gflop(function) for name, function in functions.items()}
+    seconds = median_seconds(functions, setting.repetitions, setting.clock)
+    return {name: {"gflop": gflop[name], "seconds": seconds[name]} for name in functions}
+
+
+def step_memory(setting: Setting, name: str) -> float:
+    """MB that the second call of a step adds at its peak."""
+    step = step_functions(setting, [name])[name]
+    step()
+    return added_memory(step)
 
 
 GROWTH = {
@@ -228,20 +245,12 @@ def measure_growth(setting: Setting) -> Iterator[tuple[str, int, dict[str, float
     """(what, value, figures of our step): one thing varied at a time. Every process has `setting.batch_size` images."""
     for what, values in GROWTH.items():
         for value in values:
-            if what == "processes":
-                figures = in_fresh_processes(value, measure_step, setting)[0]
-                images = value * setting.batch_size
-            else:
-                varied: Setting = replace(setting, **{what: value})  # type: ignore[arg-type]  # all of them numbers
-                figures, images = in_fresh_process(measure_step, varied), varied.batch_size
-            yield what, value, figures | {"images/s": images / figures["seconds"]}
-
-
-def measure_step(setting: Setting, name: str = "ours") -> dict[str, float]:
-    """The same figures as those of `compare_steps`, for one kind of step alone."""
-    step = step_functions(setting, [name])[name]
-    figures = {"gflop": count_gflop(step), "memory": added_memory(step)}
-    return figures | {"seconds": median_seconds({name: step}, setting.repetitions, setting.clock)[name]}
+            count, varied = value if what == "processes" else 1, setting
+            if what != "processes":
+                varied = replace(setting, **{what: value})  # type: ignore[arg-type]  # all of them numbers
+            figures = in_fresh_processes(count, time_steps, varied, ["ours"])[0]["ours"]
+            figures["memory"] = in_fresh_processes(count, step_memory, varied, "ours", frees_at_once=True)[0]
+            yield what, value, figures | {"images/s": count * varied.batch_size / figures["seconds"]}
 
 
 def loss_curves(setting: Setting, steps: int) -> dict[str, list[float]]:

@@ -75,7 +75,7 @@ def step(arguments: argparse.Namespace) -> list[dict]:
     print_head("setting", "step", "GFLOP", "MB added", "seconds", "GFLOP / ours", "MB: of two passes", "seconds / ours")
     rows = []
     for label, setting in settings(arguments):
-        figures = in_fresh_process(speed.compare_steps, setting, arguments.contestants)
+        figures = speed.compare_steps(setting, arguments.contestants)
         ours, textbook = figures["ours"], figures["two passes"]
         for name, row in figures.items():
             shares = (

@@ -6,6 +6,8 @@ import tarfile
 
 os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+if "PYTEST_XDIST_WORKER" in os.environ:  # tests run side by side: one core each, and each of their processes
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import lpips
 import numpy as np

@@ -245,11 +245,14 @@ def test_steps_with_nan_are_skipped_and_counted_up_to_a_limit(image_folder, rand
 
     monkeypatch.setattr("hf_vqgan.training.training_step", broken_step)
     poisoned = {2, 4}
-    config = run_config(image_folder, random_trunk, tmp_path / "some", max_nonfinite_steps=2)
+    config = run_config(image_folder, random_trunk, tmp_path / "some", max_nonfinite_steps=2, logging_steps=1)
     metrics = train(config, tiny)
     assert metrics["nonfinite_steps"] == 2 and all(
         w.isfinite().all() for w in final_weights(tmp_path / "some").values()
     )
+    lines = (tmp_path / "some" / "log.jsonl").read_text().splitlines()
+    rows = [json.loads(line, parse_constant=pytest.fail) for line in lines]
+    assert {row["step"] for row in rows if "nonfinite_steps" in row and "l1" not in row} == {3, 5}
     poisoned = {2, 3}
     with pytest.raises(FloatingPointError, match=r"step 4: 2 steps in a row .*not finite in: l1, l2, perceptual"):
         train(dataclasses.replace(config, output_dir=str(tmp_path / "many")), tiny)
