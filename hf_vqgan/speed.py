@@ -283,6 +283,53 @@ def loss_curves(setting: Setting, steps: int) -> dict[str, list[float]]:
     return curves
 
 
+def quality_curves(
+    setting: Setting, images: Tensor, validation: Tensor, steps: int, every: int
+) -> dict[str, list[tuple[float, float]]]:
+    """
+    Step -> points (seconds of training, LPIPS of `validation`), one every `every` steps, for *two passes* and for ours
+    from the same start on the same batches. Ours goes on for a quarter longer: equal trainings drift apart.
+
+    Args:
+        images, validation (`Tensor` of shape `(N, 3, H, W)`): In [-1, 1].
+    """
+    curves: dict[str, list[tuple[float, float]]] = {}
+    for name, count in {"two passes": steps, "ours": steps + steps // 4}.items():
+        step, fields = STEPS[name]
+        state, seconds, curves[name] = build_training(setting, **fields), 0.0, []
+        generator = torch.Generator().manual_seed(1)
+        for number in range(1, count + 1):
+            pixels = images[torch.randint(len(images), (setting.batch_size,), generator=generator)]
+            before = CLOCKS[setting.clock]()
+            step(state, pixels)
+            seconds += CLOCKS[setting.clock]() - before
+            if number % every == 0 or number == count:
+                curves[name].append((seconds, validation_lpips(state, validation)))
+    return curves
+
+
+@torch.no_grad()
+def validation_lpips(state: TrainState, validation: Tensor) -> float:
+    """Mean LPIPS, by the network of the loss, of reconstructions in eval mode."""
+    state.model.eval()
+    parts = [
+        state.perceptual(state.model(part).sample, part) for part in validation.split(state.config.train_batch_size)
+    ]
+    state.model.train()
+    return float(torch.cat(distances).mean())
+
+
+def seconds_to(target: float, curve: list[tuple[float, float]]) -> float | None:
+    """When a curve of falling figures first is at `target` or below, between two points linearly; `None`: never."""
+    before = (0.0, math.inf)
+    for point in curve:
+        if point[1] <= target:
+            share = (before[1] - target) / (before[1] - point[1]) if math.isfinite(before[1]) else 1.0
+            return before[0] + share * (point[0] - before[0])
+        before = point
+    return None
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Where a step's time goes
 

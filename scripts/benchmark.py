@@ -5,6 +5,7 @@ Speed and memory on CPU, as ratios measured side by side in one run: medians ove
     python scripts/benchmark.py lookup                      # nearest-code lookup against other implementations
     python scripts/benchmark.py step                        # training step against two textbook steps
     python scripts/benchmark.py curves --steps 100          # and their loss curves
+    python scripts/benchmark.py quality --dataset_name DATASET --steps 400   # how soon each reaches the same LPIPS
     python scripts/benchmark.py account                     # where a training step's time goes
     python scripts/benchmark.py inference                   # against diffusers.VQModel
     python scripts/benchmark.py import                      # against importing diffusers and transformers
@@ -15,6 +16,7 @@ Machines are noisy: compare within a run, never across runs. Results: docs/perfo
 
 import argparse
 import dataclasses
+import functools
 import json
 import os
 import warnings
@@ -23,6 +25,7 @@ from collections.abc import Iterator
 import torch
 
 from hf_vqgan import lookup_speed, speed
+from hf_vqgan.latent_analysis import LatentAnalysisConfig, load_images
 from hf_vqgan.speed import Setting, in_fresh_process
 
 PRECISIONS = {"no": "fp32", "bf16": "bf16"}
@@ -102,6 +105,25 @@ def curves(arguments: argparse.Namespace) -> list[dict]:
     return rows
 
 
+def quality(arguments: argparse.Namespace) -> list[dict]:
+    if not arguments.dataset_name:
+        raise SystemExit("benchmark.py: error: quality needs --dataset_name: images to train on and to validate with.")
+    print_head("setting", "LPIPS to reach", "two passes: seconds", "ours: seconds", "times sooner")
+    rows = []
+    for label, setting in settings(arguments):
+        load = functools.partial(load_images, arguments.dataset_name, resolution=setting.resolution)
+        images, _, _ = load(config=LatentAnalysisConfig(split="train", max_samples=4096))
+        validation, _, _ = load(config=LatentAnalysisConfig(max_samples=64))
+        every = max(1, arguments.steps // 40)
+        curves = in_fresh_process(speed.quality_curves, setting, images, validation, arguments.steps, every)
+        seconds, target = curves["two passes"][-1]
+        reached = speed.seconds_to(target, curves["ours"])
+        print_row(label, f"{target:.4f}", seconds, "never" if reached is None else reached,
+                  "-" if reached is None else seconds / reached)  # fmt: skip
+        rows.append({"setting": dataclasses.asdict(setting), "curves": curves})
+    return rows
+
+
 def account(arguments: argparse.Namespace) -> list[dict]:
     rows = []
     for label, setting in settings(arguments):
@@ -151,6 +173,7 @@ SUBCOMMANDS = {
     "lookup": lookup,
     "step": step,
     "curves": curves,
+    "quality": quality,
     "account": account,
     "inference": inference,
     "import": import_,
@@ -176,7 +199,8 @@ def main() -> None:
         default=tuple(speed.STEPS),
         help="step: `ours` and `two passes` at least.",
     )
-    parser.add_argument("--steps", type=int, default=100, help="curves: training steps.")
+    parser.add_argument("--steps", type=int, default=100, help="curves, quality: training steps.")
+    parser.add_argument("--dataset_name", help="quality: Hub dataset, or a folder that load_dataset reads.")
     parser.add_argument("--compile", action="store_true", help="inference: torch.compile as well (needs a compiler).")
     parser.add_argument("--sizes", nargs="+", default=lookup_speed.SIZES, help="lookup: N x K x D. Default: full grid.")
     parser.add_argument("--memory", action="store_true", help="lookup: peak memory, in a process for each.")

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from hf_vqgan.losses import LPIPS
-from hf_vqgan.speed import added_memory, count_gflop, kind_of
+from hf_vqgan.speed import added_memory, count_gflop, kind_of, seconds_to
 
 HEAVY = {"datasets", "gradio", "lpips", "matplotlib", "pandas", "skimage", "sklearn", "tensorboard", "torchmetrics"}
 
@@ -47,6 +47,13 @@ def test_added_memory_is_that_of_the_peak():
         torch.ones(2**24)
 
     assert added_memory(peak_of_64_mb) == pytest.approx(64, abs=8)
+
+
+def test_seconds_to_a_quality_are_between_two_points():
+    curve = [(10.0, 0.5), (20.0, 0.3), (30.0, 0.1)]
+    assert seconds_to(0.2, curve) == pytest.approx(25)
+    assert seconds_to(0.6, curve) == 10 and seconds_to(0.1, curve) == 30
+    assert seconds_to(0.05, curve) is None
 
 
 def test_kinds_know_the_operators_of_a_step():
