@@ -312,9 +312,9 @@ def quality_curves(
 def validation_lpips(state: TrainState, validation: Tensor) -> float:
     """Mean LPIPS, by the network of the loss, of reconstructions in eval mode."""
     state.model.eval()
-    parts = [
-        state.perceptual(state.model(part).sample, part) for part in validation.split(state.config.train_batch_size)
-    ]
+    parts = validation.split(state.config.train_batch_size)
+    with state.accelerator.autocast():
+        distances = [state.perceptual(state.model(part).sample, part) for part in parts]
     state.model.train()
     return float(torch.cat(distances).mean())
 
