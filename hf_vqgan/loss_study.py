@@ -108,7 +108,10 @@ class LossStudyConfig:
     num_vq_embeddings: int = option(256, "Number of codes K.")
     max_train_steps: int = option(200, "Steps of every run; the discriminator starts after a third.")
     train_batch_size: int = option(8, "Images per step.")
-    learning_rate: float = option(1e-3, "Learning rate of both networks.")
+    learning_rate: float = option(1e-3, "Learning rate of the model.")
+    # As fast as the model, with the weight 0.8, this small discriminator swings from "all real" to "all false".
+    disc_learning_rate: float = option(2e-4, "Learning rate of the discriminator.")
+    adversarial_weight: float = option(0.4, "Weight of the adversarial loss, where there is one.")
     perceptual_weight: float = option(0.3, "Weight of LPIPS, where there is one.")
     perceptual_net: str = option("alex", "LPIPS network of the loss and of the measures.", choices=tuple(NETWORKS))
     perceptual_weights_path: str | None = option(None, "Its weights. Default: fetched.")
@@ -187,6 +190,8 @@ def training_config(config: LossStudyConfig, name: str, variant: Variant, seed: 
         train_batch_size=config.train_batch_size,
         max_train_steps=steps,
         learning_rate=config.learning_rate,
+        disc_learning_rate=config.disc_learning_rate,
+        adversarial_weight=config.adversarial_weight,
         lr_warmup_steps=min(20, steps),
         lr_scheduler="constant_with_warmup",
         dataloader_num_workers=0,
