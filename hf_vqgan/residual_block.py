@@ -25,8 +25,8 @@ class ResidualBlock(ResnetBlock2D):
         """`(B, in, h, w)` to `(B, out, h, w)`: x + conv2(act(norm2(conv1(act(norm1(x))))))."""
         hidden = norm_act_conv(input_tensor, self.norm1, self.nonlinearity, self.conv1)
         hidden = norm_act_conv(hidden, self.norm2, self.nonlinearity, self.conv2)
-        shortcut = input_tensor if self.conv_shortcut is None else self.conv_shortcut(input_tensor)
-        return hidden + shortcut if torch.is_grad_enabled() else hidden.add_(shortcut)
+        # In this order, which decides on the sum's layout and with that on rounding
+        return (input_tensor if self.conv_shortcut is None else self.conv_shortcut(input_tensor)) + hidden
 
 
 def lighten(network: nn.Module) -> nn.Module:

@@ -11,6 +11,7 @@ from torch import nn
 
 from hf_vqgan import VQGANConfig, VQGANModel
 from hf_vqgan.residual_block import ResidualBlock, lighten, norm_act_conv
+from hf_vqgan.textbook_steps import use_plain_blocks
 
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
 
@@ -132,6 +133,18 @@ def test_other_activations_and_convolutions_go_their_own_way():
     norm, conv = nn.GroupNorm(2, 4), Doubled(4, 4, 3)
     x = torch.randn(1, 4, 4, 4)
     torch.testing.assert_close(norm_act_conv(x, norm, nn.SiLU(), conv), conv(F.silu(norm(x))))
+
+
+def test_a_model_in_half_precision_is_equal_to_the_bit():
+    """In eval mode: same operators, same order, same layouts."""
+    model = VQGANModel(VQGANConfig(**TINY)).eval().bfloat16()
+    plain = copy.deepcopy(model)
+    use_plain_blocks(plain)
+    x = torch.randn(1, 3, 16, 16, dtype=torch.bfloat16)
+    with torch.no_grad():
+        latents = model.encode(x).latents
+        assert torch.equal(latents, plain.encode(x).latents)
+        assert torch.equal(*(m.decode(latents, force_not_quantize=True).sample for m in (model, plain)))
 
 
 def test_every_block_of_a_model_is_light():
