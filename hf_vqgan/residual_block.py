@@ -3,7 +3,7 @@ The residual block of encoder and decoder: diffusers', with less to remember and
 
 Of the six tensors that norm -> activation -> conv, twice, would keep for the backward pass, two are enough: the
 convolutions' inputs can be had again from the norms' for a few percent of the time. And PyTorch's backward pass of
-group normalisation in channels_last on CPU is many times slower than its formula. Both measured: docs/performance.md.
+group normalisation in channels_last on CPU is several times slower than its formula. The gain: docs/performance.md.
 """
 
 import torch
