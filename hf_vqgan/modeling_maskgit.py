@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .residual_block import norm_act_conv
+from .blocks import UpsamplingConv, norm_act_conv
 
 EPS = 1e-6
 
@@ -44,10 +44,10 @@ class MaskGitUpsample(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = UpsamplingConv(channels, channels, 3, padding=1)
 
     def forward(self, features: Tensor) -> Tensor:
-        return self.conv(F.interpolate(features, scale_factor=2.0, mode="nearest"))
+        return self.conv(features)
 
 
 class MaskGitBlock(nn.Module):

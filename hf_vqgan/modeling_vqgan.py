@@ -23,10 +23,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
+from .blocks import lighten
 from .configuration_vqgan import VQGANConfig
 from .modeling_maskgit import MaskGitDecoder, MaskGitEncoder
 from .quantizers import QUANTIZERS, Quantizer
-from .residual_block import lighten
 
 
 @dataclass

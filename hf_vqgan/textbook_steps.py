@@ -7,12 +7,11 @@ clipping, and share its losses. Neither knows micro-batches, fp16 or several pro
 from collections.abc import Callable
 
 import torch
-from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
+from .blocks import LIGHT_BLOCKS, UpsamplingBlock
 from .losses import adversarial_loss, discriminator_losses, lecam_penalty, r1_penalty, reconstruction_losses
 from .modeling_vqgan import VQGANOutput
-from .residual_block import ResidualBlock
 from .training_step import TrainState, augment, clip_gradients, update_weights
 
 
@@ -90,10 +89,13 @@ def discriminator_gradients(state: TrainState, sample: Tensor, pixels: Tensor) -
 
 
 def use_plain_blocks(network: nn.Module) -> None:
-    """Let the residual blocks in `network` be diffusers' own again: what `lighten` did, undone."""
+    """Let the blocks in `network` be diffusers' own again: what `lighten` did, undone."""
+    plain_blocks = {light: plain for plain, light in LIGHT_BLOCKS.items()}
     for block in network.modules():
-        if type(block) is ResidualBlock:
-            block.__class__ = ResnetBlock2D
+        if type(block) is UpsamplingBlock:
+            block.conv.__class__ = nn.Conv2d
+        if type(block) in plain_blocks:
+            block.__class__ = plain_blocks[type(block)]
 
 
 def textbook_step(gradients: Callable[[TrainState, Tensor], Tensor], state: TrainState, pixels: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The residual block's light backward pass, against diffusers' block and autograd."""
+"""The light blocks, against diffusers' blocks and autograd."""
 
 import copy
 
@@ -7,10 +7,12 @@ import torch
 import torch.nn.functional as F
 from conftest import TINY
 from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.upsampling import Upsample2D
 from torch import nn
 
 from hf_vqgan import VQGANConfig, VQGANModel
-from hf_vqgan.residual_block import ResidualBlock, lighten, norm_act_conv
+from hf_vqgan.blocks import ResidualBlock, UpsamplingBlock, UpsamplingConv, lighten, norm_act_conv
+from hf_vqgan.speed import count_gflop
 from hf_vqgan.textbook_steps import use_plain_blocks
 
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
@@ -135,8 +137,83 @@ def test_other_activations_and_convolutions_go_their_own_way():
     torch.testing.assert_close(norm_act_conv(x, norm, nn.SiLU(), conv), conv(F.silu(norm(x))))
 
 
+def upsampling_blocks(min_pixels: int = 0) -> tuple[UpsamplingBlock, Upsample2D]:
+    """Ours, which sums weights from so many pixels on, and diffusers', with the same weights, float64."""
+    torch.manual_seed(0)
+    plain = Upsample2D(6, use_conv=True, out_channels=4).double()
+    ours = lighten(nn.ModuleList([copy.deepcopy(plain)]))[0]
+    assert type(ours) is UpsamplingBlock
+    ours.conv.MIN_PIXELS = min_pixels
+    return ours, plain
+
+
+@pytest.mark.parametrize("shape", [(2, 6, 5, 7), (1, 6, 1, 4), (3, 6, 1, 1)], ids=str)
+@pytest.mark.parametrize("min_pixels", [0, 10**6], ids=["summed weights", "few pixels"])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_upsampling_has_the_same_values_and_derivatives(layout, min_pixels, shape):
+    """Up to the second, edges and corners included."""
+    ours, plain = (block.to(memory_format=layout) for block in upsampling_blocks(min_pixels))
+    x = torch.randn(shape, dtype=torch.float64).contiguous(memory_format=layout).requires_grad_()
+    direction = torch.randn(shape[0], 4, 2 * shape[2], 2 * shape[3], dtype=torch.float64)
+    results = []
+    for block in (ours, plain):
+        out = block(x)
+        first = torch.autograd.grad(out, (x, *block.parameters()), direction * out.detach(), create_graph=True)
+        (at_x,) = torch.autograd.grad(block(x).pow(3).sum(), x, create_graph=True)
+        second = torch.autograd.grad(at_x.square().sum(), (x, *block.parameters()))
+        results.append((out, *first, *second))
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+    assert ours(x).is_contiguous(memory_format=layout) or shape[2:] == (1, 1)
+
+
+@pytest.mark.parametrize("mixed", [False, True], ids=["bfloat16", "mixed precision"])
+def test_upsampling_in_half_precision_is_off_by_rounding_alone(mixed):
+    ours, plain = upsampling_blocks()
+    dtype = torch.float32 if mixed else torch.bfloat16
+    ours, separate = ours.to(dtype), copy.deepcopy(plain).to(dtype)
+    x = torch.randn(2, 6, 16, 16).to(dtype)
+    exact = plain(x.double())
+    with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+        got, usual = ours(x), separate(x)
+    assert got.dtype == usual.dtype == torch.bfloat16
+    error, usual_error = ((out.double() - exact).norm() for out in (got, usual))
+    assert error < 2 * usual_error
+
+
+def test_no_enlarged_image_is_made():
+    ours, plain = upsampling_blocks()
+    x, kept = torch.randn(2, 6, 8, 8, dtype=torch.float64, requires_grad=True), []
+
+    def note(tensor):
+        kept.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        ours(x)
+        assert 4 * x.numel() not in kept
+        plain(x)  # the test can fail
+        assert 4 * x.numel() in kept
+    few, many = (count_gflop(lambda block=block: block(x)) for block in (ours, plain))
+    assert few / many == pytest.approx(16 / 36)
+
+
+def test_whoever_wraps_an_upsampling_convolution_is_called():
+    """As offloading does, which has a convolution's weights only while it runs."""
+    ours, plain = upsampling_blocks()
+
+    def fetch(conv, inputs):
+        conv.to(torch.float64)
+
+    ours.conv.register_forward_pre_hook(fetch)
+    x = torch.randn(1, 6, 4, 4, dtype=torch.float64)
+    ours.conv.to(torch.float16)
+    plain.to(torch.float16).to(torch.float64)
+    torch.testing.assert_close(ours(x), plain(x), rtol=1e-9, atol=1e-9)
+
+
 def test_a_model_in_half_precision_is_equal_to_the_bit():
-    """In eval mode: same operators, same order, same layouts."""
+    """In eval mode, with fewer pixels than upsampling sums weights for: same operators, same order, same layouts."""
     model = VQGANModel(VQGANConfig(**TINY)).eval().bfloat16()
     plain = copy.deepcopy(model)
     use_plain_blocks(plain)
@@ -150,5 +227,9 @@ def test_a_model_in_half_precision_is_equal_to_the_bit():
 def test_every_block_of_a_model_is_light():
     """Otherwise a new release of diffusers could quietly take the savings away."""
     model = VQGANModel(VQGANConfig(**TINY))
-    found = [type(module) for module in model.modules() if isinstance(module, ResnetBlock2D)]
-    assert found and set(found) == {ResidualBlock}
+    found = {type(module) for module in model.modules() if isinstance(module, ResnetBlock2D | Upsample2D)}
+    assert found == {ResidualBlock, UpsamplingBlock}
+    assert type(model.decoder.up_blocks[0].upsamplers[0].conv) is UpsamplingConv
+    use_plain_blocks(model)
+    kinds = {type(module) for module in model.modules()}
+    assert not kinds & {ResidualBlock, UpsamplingBlock, UpsamplingConv}
