@@ -26,7 +26,6 @@ from dataclasses import dataclass, replace
 import torch
 from accelerate.utils import patch_environment
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
@@ -53,6 +52,7 @@ class Setting:
     threads: int = 1
     clock: str = "wall"  # "cpu": seconds of this process on the cores, which other processes disturb less
     repetitions: int = 5
+    seed: int = 0
 
     def model_config(self) -> VQGANConfig:
         return VQGANConfig(
@@ -139,23 +139,44 @@ def added_memory(function: Callable) -> float:
     return (status("VmHWM:") - before) / 1024
 
 
-class _FlopCount(TorchDispatchMode):
-    """PyTorch's own counter also follows modules, with hooks that `autograd.grad` does not allow."""
+@dataclass
+class Work:
+    """What calls of one operator on tensors of the same shapes add up to."""
 
-    total = 0
+    calls: int = 0
+    seconds: float = 0.0
+    gflop: float = 0.0
+
+
+class OperatorRecord(TorchDispatchMode):
+    """
+    Keeps time and floating point operations of every operator that PyTorch runs, on CPU: `work[name, shapes]`.
+    (PyTorch's own counter also follows modules, with hooks that `autograd.grad` does not allow.)
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.work: dict[tuple[str, tuple], Work] = {}
 
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
-        out = operator(*args, **(kwargs or {}))
-        if (count := flop_registry.get(operator._overloadpacket)) is not None:
-            self.total += count(*args, **(kwargs or {}), out_val=out)
+        packet, kwargs = operator._overloadpacket, kwargs or {}
+        before = time.perf_counter()
+        out = operator(*args, **kwargs)
+        seconds = time.perf_counter() - before
+        shapes = tuple(tuple(argument.shape) for argument in args if isinstance(argument, Tensor))
+        work = self.work.setdefault((packet.__name__, shapes), Work())
+        work.calls += 1
+        work.seconds += seconds
+        if packet in flop_registry:
+            work.gflop += flop_registry[packet](*args, **kwargs, out_val=out) / 1e9
         return out
 
 
 def count_gflop(function: Callable) -> float:
     """Floating point operations of a call's convolutions and matrix products, in 10^9."""
-    with _FlopCount() as counter:
+    with OperatorRecord() as record:
         function()
-    return counter.total / 1e9
+    return sum(work.gflop for work in record.work.values())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -178,7 +199,7 @@ def build_training(setting: Setting, textbook: bool = False, **fields) -> TrainS
         **fields,
     )
     accelerator = build_accelerator(config)
-    torch.manual_seed(0)
+    torch.manual_seed(setting.seed)
     perceptual = LPIPS(config.perceptual_net) if textbook else load_lpips(config, accelerator)[0]
     state = build_state(config, setting.model_config(), accelerator, perceptual)
     nn.init.normal_(state.vqgan.quantize.embedding.weight, std=0.5)
@@ -297,7 +318,7 @@ def quality_curves(
     for name, count in {"two passes": steps, "ours": steps + steps // 4}.items():
         step, fields = STEPS[name]
         state, seconds, curves[name] = build_training(setting, **fields), 0.0, []
-        generator = torch.Generator().manual_seed(1)
+        generator = torch.Generator().manual_seed(setting.seed)
         for number in range(1, count + 1):
             pixels = images[torch.randint(len(images), (setting.batch_size,), generator=generator)]
             before = CLOCKS[setting.clock]()
@@ -335,42 +356,65 @@ def seconds_to(target: float, curve: list[tuple[float, float]]) -> float | None:
 
 # Kind -> beginnings of PyTorch's operator names
 KINDS = {
-    "convolution": ("aten::mkldnn_convolution", "aten::convolution", "aten::_slow_conv", "aten::thnn_conv"),
-    "normalisation": ("aten::native_group_norm", "aten::native_batch_norm", "aten::linalg_vector_norm"),
-    "matrix product, attention": ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::_scaled_dot"),
-    "activation": ("aten::silu", "aten::relu", "aten::threshold", "aten::leaky", "aten::softmax", "aten::_softmax"),
-    "resampling, pooling, padding": ("aten::upsample", "aten::max_pool", "aten::constant_pad"),
-    "copy, cast, layout": ("aten::copy_", "aten::clone", "aten::cat", "aten::fill_", "aten::zero_", "aten::stack"),
-    "optimizer": ("aten::_foreach", "aten::lerp", "aten::addcdiv", "aten::addcmul", "aten::sqrt", "Optimizer"),
+    "convolution": ("convolution",),
+    "normalisation": ("native_group_norm", "native_batch_norm", "linalg_vector_norm"),
+    "matrix product, attention": ("mm", "addmm", "bmm", "baddbmm", "_scaled_dot"),
+    "activation": ("silu", "relu", "threshold", "leaky", "softmax", "_softmax"),
+    "resampling, pooling, padding": ("upsample", "max_pool", "avg_pool", "constant_pad"),
+    "copy, cast, layout": ("copy_", "_to_copy", "clone", "cat", "fill_", "zero", "stack"),
+    "optimizer": ("_fused_adam", "_foreach", "lerp"),
 }  # fmt: skip
 
 
 def kind_of(operator: str) -> str:
     for kind, beginnings in KINDS.items():
-        if operator.startswith(beginnings) or "_slow_conv" in operator:
+        if operator.startswith(beginnings):
             return kind
     return "element-wise and other"
 
 
 def account_for_step(setting: Setting, name: str = "ours") -> dict:
-    """Share of one step's time that each kind of operator takes, and the step's rate next to this machine's peaks."""
+    """
+    Where one step's time goes: `shares` of its operators' time by kind; `products`, which are convolutions and matrix
+    products by shape, the most expensive first; `seconds` and `gflops` (GFLOP/s) of the whole step; and `peaks`, what
+    this machine reaches, in GFLOP/s.
+    """
     step = step_functions(setting, [name])[name]
-    gflop = count_gflop(step)
-    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+    step()
+    with OperatorRecord() as record:
         step()
+    total = sum(work.seconds for work in record.work.values())
     shares: dict[str, float] = {}
-    operators: dict[str, float] = {}
-    for event in profiler.key_averages():
-        shares[kind_of(event.key)] = shares.get(kind_of(event.key), 0.0) + event.self_cpu_time_total
-        operators[event.key] = event.self_cpu_time_total
-    total = sum(shares.values())
-    seconds = median_seconds({"step": step}, 3, setting.clock)["step"]
+    for (operator, _), work in record.work.items():
+        shares[kind_of(operator)] = shares.get(kind_of(operator), 0.0) + work.seconds / total
+    products = [
+        {
+            "product": describe_product(*key),
+            "calls": work.calls,
+            "share": work.seconds / total,
+            "gflops": work.gflop / work.seconds,
+        }
+        for key, work in record.work.items()
+        if work.gflop
+    ]
+    gflop = sum(work.gflop for work in record.work.values())
+    seconds = median_seconds({"step": step}, setting.repetitions, setting.clock)["step"]
     return {
-        "shares": {kind: time / total for kind, time in sorted(shares.items(), key=lambda item: -item[1])},
-        "operators": {key: time / total for key, time in sorted(operators.items(), key=lambda item: -item[1])[:12]},
+        "seconds": seconds,
         "gflops": gflop / seconds,
+        "shares": dict(sorted(shares.items(), key=lambda item: -item[1])),
+        "products": sorted(products, key=lambda product: -product["share"]),
         "peaks": measure_peaks(setting),
     }
+
+
+def describe_product(operator: str, shapes: tuple[tuple[int, ...], ...]) -> str:
+    """`convolution: 64x3x3x3 on 2x3x64x64`, say: the weight, and what it is applied to."""
+    if operator == "convolution":
+        shapes = shapes[1], shapes[0]
+    elif operator == "convolution_backward":
+        shapes = shapes[2], shapes[1]
+    return f"{operator.strip('_')}: " + " on ".join("x".join(map(str, shape)) for shape in shapes[:2])
 
 
 def measure_peaks(setting: Setting) -> dict[str, float]:

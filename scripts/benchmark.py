@@ -108,19 +108,21 @@ def curves(arguments: argparse.Namespace) -> list[dict]:
 def quality(arguments: argparse.Namespace) -> list[dict]:
     if not arguments.dataset_name:
         raise SystemExit("benchmark.py: error: quality needs --dataset_name: images to train on and to validate with.")
-    print_head("setting", "LPIPS to reach", "two passes: seconds", "ours: seconds", "times sooner")
+    print_head("setting", "seed", "LPIPS to reach", "two passes: seconds", "ours: seconds", "times sooner")
     rows = []
     for label, setting in settings(arguments):
         load = functools.partial(load_images, arguments.dataset_name, resolution=setting.resolution)
         images, _, _ = load(config=LatentAnalysisConfig(split="train", max_samples=4096))
         validation, _, _ = load(config=LatentAnalysisConfig(max_samples=64))
-        every = max(1, arguments.steps // 40)
-        curves = in_fresh_process(speed.quality_curves, setting, images, validation, arguments.steps, every)
-        seconds, target = curves["two passes"][-1]
-        reached = speed.seconds_to(target, curves["ours"])
-        print_row(label, f"{target:.4f}", seconds, "never" if reached is None else reached,
-                  "-" if reached is None else seconds / reached)  # fmt: skip
-        rows.append({"setting": dataclasses.asdict(setting), "curves": curves})
+        every = max(1, arguments.steps // 20)
+        for seed in range(arguments.seeds):
+            setting = dataclasses.replace(setting, seed=seed)
+            curves = in_fresh_process(speed.quality_curves, setting, images, validation, arguments.steps, every)
+            seconds, target = curves["two passes"][-1]
+            reached = speed.seconds_to(target, curves["ours"])
+            print_row(label, seed, f"{target:.4f}", seconds, "never" if reached is None else reached,
+                      "-" if reached is None else seconds / reached)  # fmt: skip
+            rows.append({"setting": dataclasses.asdict(setting), "curves": curves})
     return rows
 
 
@@ -133,9 +135,18 @@ def account(arguments: argparse.Namespace) -> list[dict]:
         for kind, share in figures["shares"].items():
             print_row(kind, f"{share:.1%}")
         print()
-        print_head("rate", "GFLOP/s")
+        peak = max(figures["peaks"].values())
+        print_head("rate", "GFLOP/s", "of the best")
         for name, rate in {"the whole step": figures["gflops"], **figures["peaks"]}.items():
-            print_row(name, f"{rate:.0f}")
+            print_row(name, f"{rate:.0f}", f"{rate / peak:.0%}")
+        print()
+        print_head("product (share of 1 % or more)", "calls", "share", "GFLOP/s", "of the best")
+        for product in figures["products"]:
+            if product["share"] >= 0.01:
+                rate = product["gflops"]
+                print_row(
+                    product["product"], product["calls"], f"{product['share']:.1%}", f"{rate:.0f}", f"{rate / peak:.0%}"
+                )
         rows.append({"setting": dataclasses.asdict(setting), "figures": figures})
     return rows
 
@@ -200,6 +211,9 @@ def main() -> None:
         help="step: `ours` and `two passes` at least.",
     )
     parser.add_argument("--steps", type=int, default=100, help="curves, quality: training steps.")
+    parser.add_argument(
+        "--seeds", type=int, default=1, help="quality: trainings, each with a start and batches of its own."
+    )
     parser.add_argument("--dataset_name", help="quality: Hub dataset, or a folder that load_dataset reads.")
     parser.add_argument("--compile", action="store_true", help="inference: torch.compile as well (needs a compiler).")
     parser.add_argument("--sizes", nargs="+", default=lookup_speed.SIZES, help="lookup: N x K x D. Default: full grid.")
