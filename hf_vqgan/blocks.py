@@ -61,7 +61,7 @@ class UpsamplingConv(nn.Conv2d):
         return F.conv_transpose2d(x, sums.transpose(0, 1), self.bias, stride=2, padding=1)
 
 
-# What diffusers' blocks become, and what the convolutions inside do
+# What diffusers' blocks become
 LIGHT_BLOCKS = {ResnetBlock2D: ResidualBlock, Upsample2D: UpsamplingBlock}
 
 
@@ -70,8 +70,8 @@ def lighten(network: nn.Module) -> nn.Module:
     for block in network.modules():
         if type(block) in LIGHT_BLOCKS:
             block.__class__ = LIGHT_BLOCKS[type(block)]
-        if type(block) is UpsamplingBlock:
-            block.conv.__class__ = UpsamplingConv
+            if type(block) is UpsamplingBlock:
+                block.conv.__class__ = UpsamplingConv
     return network
 
 

@@ -186,7 +186,7 @@ def count_gflop(function: Callable) -> float:
 def build_training(setting: Setting, textbook: bool = False, **fields) -> TrainState:
     """
     What a run would train at this setting, with a codebook spread as wide as the latents of a new model. For the
-    textbook steps without what this package does to layouts, dtypes and residual blocks.
+    textbook steps without what this package does to layouts, dtypes and blocks.
     """
     config = VQGANTrainingConfig(
         dataset_name="none",
