@@ -368,7 +368,7 @@ def seconds_to(target: float, curve: list[tuple[float, float]]) -> float | None:
 # Kind -> beginnings of PyTorch's operator names
 KINDS = {
     "convolution": ("convolution",),
-    "normalisation": ("native_group_norm", "native_batch_norm", "linalg_vector_norm"),
+    "normalisation": ("native_group_norm", "linalg_vector_norm"),
     "matrix product, attention": ("mm", "addmm", "bmm", "baddbmm", "_scaled_dot"),
     "activation": ("silu", "relu", "threshold", "leaky", "softmax", "_softmax"),
     "resampling, pooling, padding": ("upsample", "max_pool", "avg_pool", "constant_pad"),
@@ -384,13 +384,13 @@ def kind_of(operator: str) -> str:
     return "element-wise and other"
 
 
-def account_for_step(setting: Setting, name: str = "ours") -> dict:
+def account_for_step(setting: Setting) -> dict:
     """
-    Where one step's time goes: `shares` of its operators' time by kind; `products`, which are convolutions and matrix
-    products by shape, the most expensive first; `seconds` and `gflops` (GFLOP/s) of the whole step; and `peaks`, what
-    this machine reaches, in GFLOP/s.
+    Where the time of our step goes: `shares` of its operators' time by kind; `products`, which are convolutions and
+    matrix products by shape, the most expensive first; `seconds` and `gflops` (GFLOP/s) of the whole step; and `peaks`,
+    what this machine reaches, in GFLOP/s.
     """
-    step = step_functions(setting, [name])[name]
+    step = step_functions(setting, ["ours"])["ours"]
     step()
     with OperatorRecord() as record:
         step()

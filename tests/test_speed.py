@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from hf_vqgan.losses import LPIPS
-from hf_vqgan.speed import added_memory, count_gflop, kind_of, seconds_to
+from hf_vqgan.speed import OperatorRecord, added_memory, count_gflop, describe_product, kind_of, seconds_to
 
 HEAVY = {"datasets", "gradio", "lpips", "matplotlib", "pandas", "skimage", "sklearn", "tensorboard", "torchmetrics"}
 
@@ -60,3 +60,14 @@ def test_kinds_know_the_operators_of_a_step():
     assert kind_of("convolution_backward") == kind_of("convolution") == "convolution"
     assert kind_of("native_group_norm_backward") == "normalisation"
     assert kind_of("add_") == "element-wise and other"
+    assert kind_of("addmm") == "matrix product, attention"
+
+
+def test_products_are_described_by_weight_and_input():
+    """Whatever order an operator has its arguments in."""
+    conv, x = nn.Conv2d(4, 8, 3, padding=1), torch.randn(2, 4, 6, 5, requires_grad=True)
+    with OperatorRecord() as record:
+        conv(x).sum().backward()
+    products = {describe_product(*key): work for key, work in record.work.items() if work.gflop}
+    assert products.keys() == {"convolution: 8x4x3x3 on 2x4x6x5", "convolution_backward: 8x4x3x3 on 2x4x6x5"}
+    assert all(work.calls == 1 and work.seconds > 0 for work in products.values())
