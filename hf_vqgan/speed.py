@@ -35,7 +35,7 @@ from .losses import LPIPS
 from .modeling_vqgan import VQGANModel
 from .textbook_steps import image_loss, one_pass_gradients, textbook_step, two_pass_gradients, use_plain_blocks
 from .training import build_accelerator, build_state, load_lpips
-from .training_step import TrainState, training_step
+from .training_step import TrainState, generate, training_step
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
@@ -299,7 +299,7 @@ def loss_curves(setting: Setting, steps: int) -> dict[str, list[float]]:
             coarse = torch.rand(setting.batch_size, 3, 6, 6, generator=generator) * 2 - 1
             pixels = nn.functional.interpolate(coarse, size=setting.resolution, mode="bilinear")
             with torch.no_grad():
-                curves[label].append(float(image_loss(state, state.model(pixels).sample, pixels)))
+                curves[label].append(float(image_loss(state, generate(state, pixels, 0).sample, pixels)))
             step(state, pixels)
     return curves
 
@@ -345,8 +345,9 @@ def validation_lpips(state: TrainState, validation: Tensor) -> float:
     """Mean LPIPS, by the network of the loss, of reconstructions in eval mode."""
     state.model.eval()
     parts = validation.split(state.config.train_batch_size)
+    samples = [generate(state, part, 0).sample for part in parts]
     with state.accelerator.autocast():
-        distances = [state.perceptual(state.model(part).sample, part) for part in parts]
+        distances = [state.perceptual(sample, part) for sample, part in zip(samples, parts, strict=True)]
     state.model.train()
     return float(torch.cat(distances).mean())
 

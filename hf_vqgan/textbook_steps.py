@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .blocks import LIGHT_BLOCKS, UpsamplingBlock
 from .losses import adversarial_loss, discriminator_losses, lecam_penalty, r1_penalty, reconstruction_losses
 from .modeling_vqgan import VQGANOutput
-from .training_step import TrainState, augment, clip_gradients, update_weights
+from .training_step import TrainState, augment, clip_gradients, generate, update_weights
 
 
 def one_pass_gradients(state: TrainState, pixels: Tensor) -> Tensor:
@@ -26,7 +26,7 @@ def one_pass_gradients(state: TrainState, pixels: Tensor) -> Tensor:
     Returns:
         `Tensor`: λ, the adaptive weight.
     """
-    output = state.model(pixels)
+    output = generate(state, pixels, 0)
     balance = generator_gradients(state, output, pixels)
     for parameter in state.discriminator.parameters():
         parameter.grad = None
@@ -42,10 +42,10 @@ def two_pass_gradients(state: TrainState, pixels: Tensor) -> Tensor:
     Args and Returns: as `one_pass_gradients`.
     """
     state.discriminator.requires_grad_(False)
-    balance = generator_gradients(state, state.model(pixels), pixels)
+    balance = generator_gradients(state, generate(state, pixels, 0), pixels)
     state.discriminator.requires_grad_(True)
     with torch.no_grad():
-        output = state.model(pixels)
+        output = generate(state, pixels, 0)
         image_loss(state, output.sample, pixels)
     discriminator_gradients(state, output.sample, pixels)
     return balance

@@ -452,7 +452,7 @@ def build_state(
         num_warmup_steps=config.lr_warmup_steps,
         num_training_steps=config.max_train_steps,
     )
-    model = accelerator.prepare_model(model)
+    model = prepare_generator(model, accelerator)
     if alignment is not None:
         alignment = accelerator.prepare_model(alignment)
     if discriminator is not None:
@@ -489,6 +489,18 @@ def build_state(
     parts = (optimizer, scheduler, disc_optimizer, disc_scheduler, ema, state)
     accelerator.register_for_checkpointing(*(part for part in parts if part is not None))
     return state
+
+
+def prepare_generator(model: VQGANModel, accelerator: Accelerator) -> nn.Module:
+    """
+    The model as Accelerate prepares it, on its device and under DDP, but without the wrapper that mixed precision puts
+    around `forward`: it returns float32 copies of all outputs, and a copy of the latents is not what the reconstruction
+    was computed from. `generate` switches autocast on by itself.
+    """
+    prepared = accelerator.prepare_model(model)
+    for wrapper in ("forward", "_original_forward"):
+        vars(model).pop(wrapper, None)
+    return prepared
 
 
 def build_model(config: VQGANTrainingConfig, model_config: VQGANConfig) -> VQGANModel:

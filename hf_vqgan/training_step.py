@@ -194,7 +194,11 @@ def training_step(state: TrainState, micro_batches: list[Tensor]) -> StepOutput:
     passes, random_states = [], []
     for number, pixels in enumerate(micro_batches):
         random_states.append((torch.get_rng_state(), *get_device_states(pixels)))
-        with _no_sync_unless(accelerator, number == count - 1, state.discriminator):
+        with (
+            _no_sync_unless(accelerator, number == count - 1, state.discriminator),
+            # Only the pass that 3 propagates backwards may tell DDP to expect gradients.
+            _no_sync_unless(accelerator, count == 1, model),
+        ):
             output = generate(state, pixels, number)
             passes.append(image_gradients(state, output.sample, pixels, number, count))
 
@@ -245,7 +249,12 @@ def loss_scale(accelerator: Accelerator) -> float:
 
 
 def generate(state: TrainState, pixels: Tensor, number: int, model: nn.Module | None = None) -> VQGANOutput:
-    """The model's pass over micro-batch `number`, with latents transformed and noised if the run does so."""
+    """
+    The model's pass over micro-batch `number`, with latents transformed and noised if the run does so.
+
+    Under autocast the latents keep the dtype of their convolution, so that they are what `sample` was computed from and
+    gradients of `sample` can be taken at them. `sample` is in float32 or better, for the losses.
+    """
     model = state.model if model is None else model
     config, transform = state.config, spatial_transform(state, pixels)
 
@@ -259,7 +268,14 @@ def generate(state: TrainState, pixels: Tensor, number: int, model: nn.Module | 
         return latents
 
     changed = transform is not None or config.latent_noise_std
-    return model(pixels, force_not_quantize=not state.quantizing, latent_transform=change if changed else None)
+    with state.accelerator.autocast():
+        output = model(pixels, force_not_quantize=not state.quantizing, latent_transform=change if changed else None)
+    output.sample = at_least_float32(output.sample)
+    return output
+
+
+def at_least_float32(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def spatial_transform(state: TrainState, pixels: Tensor) -> SpatialTransform | None:
@@ -298,7 +314,8 @@ def withhold(state: TrainState, output: VQGANOutput, adversarial: Tensor) -> Ten
         return torch.zeros((), device=adversarial.device)
     scale = loss_scale(state.accelerator)
     (at_z,) = torch.autograd.grad(output.sample, output.latents, adversarial * scale, retain_graph=True)
-    return (output.latents * at_z).sum() * ((share - 1) / scale)
+    # In float32: autocast's latents and their gradient have 8 bits, or a range that the loss scale leaves.
+    return (at_least_float32(output.latents) * at_least_float32(at_z)).sum() * ((share - 1) / scale)
 
 
 def image_gradients(state: TrainState, sample: Tensor, pixels: Tensor, number: int, count: int) -> ImageGradients:
@@ -373,10 +390,9 @@ def move_lecam_anchors(state: TrainState, watched: dict[str, float]) -> None:
 def mean_over_batch(accelerator: Accelerator, figures: list[dict[str, Tensor]]) -> dict[str, float]:
     """Means of scalars over micro-batches and processes, in one exchange."""
 
-    def wide(scalar: Tensor) -> Tensor:
-        return scalar.detach().to(torch.promote_types(scalar.dtype, torch.float32))
-
-    table = torch.stack([torch.stack([wide(scalar) for scalar in row.values()]) for row in figures])
+    table = torch.stack(
+        [torch.stack([at_least_float32(scalar.detach()) for scalar in row.values()]) for row in figures]
+    )
     return dict(zip(figures[0], accelerator.reduce(table.mean(dim=0), "mean").tolist(), strict=True))
 
 
@@ -434,8 +450,7 @@ def _random_state(state: tuple) -> Iterator[None]:
 
 def flat_vectors(latents: Tensor) -> Tensor:
     """`(B, D, h, w)` to `(B*h*w, D)`, in float32 or better."""
-    precision = torch.promote_types(latents.dtype, torch.float32)
-    return latents.detach().to(precision).permute(0, 2, 3, 1).flatten(0, 2)
+    return at_least_float32(latents.detach()).permute(0, 2, 3, 1).flatten(0, 2)
 
 
 def initialize_codebook(state: TrainState, batches: Iterator[dict], vectors_per_code: int = 8) -> None:

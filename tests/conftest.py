@@ -13,6 +13,7 @@ import lpips
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from diffusers import FlowMatchEulerDiscreteScheduler
 from PIL import Image
 from safetensors.torch import save_file
@@ -45,6 +46,12 @@ SPECIAL = {
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    """Accelerate keeps a process's first choice of precision, and refuses another one."""
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture

@@ -4,12 +4,17 @@ import random
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate.state import AcceleratorState
+from conftest import TINY
 from test_training_step import applied_gradients, assert_close, double_state
 
+from hf_vqgan import VQGANConfig
+from hf_vqgan.configuration_training import VQGANTrainingConfig
 from hf_vqgan.discriminators import DINODiscriminator
 from hf_vqgan.gradient_flow import measure_gradients
 from hf_vqgan.losses import adversarial_loss
 from hf_vqgan.regularizers import FeatureAlignment, SpatialTransform, add_noise, draw_transform
+from hf_vqgan.training import build_accelerator, build_state, load_lpips
 from hf_vqgan.training_step import TrainState, training_step
 
 
@@ -183,3 +188,60 @@ def test_measuring_moves_no_spectral_norm(random_trunk, images, backbone):
     assert "gradient_z_adversarial" in measure_gradients(state, images)
     assert all(torch.equal(before[name], tensor) for name, tensor in state.discriminator.state_dict().items())
     assert state.discriminator.heads.training
+
+
+# ------------------------------------------------------------------------------------------------ mixed precision
+
+
+def prepared_state(image_folder, random_trunk, precision: str, **fields):
+    """The state of a real run, before quantization: rounding would move some latents to other codes."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    torch.manual_seed(0)
+    config = VQGANTrainingConfig(
+        dataset_name=str(image_folder),
+        mixed_precision=precision,
+        max_train_steps=9,
+        quantize_start=8,
+        resolution=32,
+        disc_channels=8,
+        disc_layers=1,
+        perceptual_net="alex",
+        perceptual_weights_path=str(random_trunk / "alex.safetensors"),
+        **fields,
+    )
+    accelerator = build_accelerator(config)
+    state = build_state(config, VQGANConfig(**TINY), accelerator, load_lpips(config, accelerator)[0])
+    torch.nn.init.normal_(state.vqgan.quantize.embedding.weight, std=0.5)
+    return state
+
+
+def test_gradients_measured_under_bf16_are_those_of_float32(image_folder, random_trunk, images):
+    """At every place: Accelerate's float32 copies of latents are in nobody's graph."""
+    images = F.interpolate(images.float(), 32)
+    exact, rounded = (
+        measure_gradients(prepared_state(image_folder, random_trunk, precision), images) for precision in ("no", "bf16")
+    )
+    assert exact.keys() == rounded.keys() and {"gradient_z_adversarial", "gradient_x_hat_l1"} <= exact.keys()
+    for name, value in exact.items():
+        tolerance = {"abs": 0.1} if name.startswith("cosine") else {"rel": 0.1}
+        assert rounded[name] == pytest.approx(value, **tolerance), name
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3])
+def test_bf16_step_withholds_the_adversarial_gradient_at_z_as_float32_does(image_folder, random_trunk, images, share):
+    """The encoder's gradient is the one that float32 gives it, far from the one that has nothing withheld."""
+    images = F.interpolate(images.float(), 32)
+
+    def encoder_gradient(precision, share):
+        knobs = dict(adversarial_gradient_at_z=share, adaptive_weight=False, adversarial_weight=5.0, max_grad_norm=0.0)
+        state = prepared_state(image_folder, random_trunk, precision, **knobs)
+        kept = []
+        state.optimizer.register_step_pre_hook(
+            lambda *_: kept.extend(p.grad.flatten().clone() for p in state.vqgan.encoder.parameters())
+        )
+        training_step(state, [images])
+        return torch.cat(kept)
+
+    exact, rounded, whole = encoder_gradient("no", share), encoder_gradient("bf16", share), encoder_gradient("no", 1.0)
+    assert F.cosine_similarity(exact, rounded, dim=0) > 0.97
+    assert (rounded - exact).norm() < 0.2 * (whole - exact).norm()

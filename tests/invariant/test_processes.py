@@ -99,6 +99,19 @@ def test_two_processes_equal_one(image_folder, random_trunk, tmp_path, float64, 
         torch.testing.assert_close(weights[1][name], weights[0][name], rtol=1e-6, atol=1e-8)
 
 
+@pytest.mark.parametrize("mixed_precision", ["no", "bf16"])
+def test_each_network_s_gradients_are_exchanged_once_a_step(image_folder, random_trunk, mixed_precision):
+    """With accumulation too: the passes whose gradient stops at the reconstruction must not make DDP expect more."""
+    folder = Path(__file__).parent
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += [str(folder / "count_reductions.py"), str(image_folder), str(random_trunk / "alex.safetensors")]
+    paths = os.pathsep.join([str(folder.parent), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": paths}
+    done = subprocess.run([*command, mixed_precision], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads(done.stdout.splitlines()[-1]) == {"model": 1, "discriminator": 1}
+
+
 def test_evaluation_by_two_processes_equals_one(tiny_model, image_folder, random_trunk, tmp_path):
     """Nor, but for float32 rounding, do the batch size and an image that cannot be read matter."""
     (image_folder / "train" / "04.png").write_bytes(b"not an image")
