@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import get_device_states, set_device_states
 
 from .configuration_training import VQGANTrainingConfig
@@ -346,7 +347,10 @@ def image_gradients(state: TrainState, sample: Tensor, pixels: Tensor, number: i
         weight, both = state.vqgan.last_layer, (reconstruction, adversarial)
         last_layer = torch.stack([last_layer_gradient(sample, weight, g * scale) / scale for g in both])
 
-    real_logits = state.discriminator(shown_real)
+    # A gradient penalty differentiates twice, which of the kernels of attention only the plain one allows.
+    kernel = sdpa_kernel(SDPBackend.MATH) if state.penalizing else contextlib.nullcontext()
+    with kernel:
+        real_logits = state.discriminator(shown_real)
     disc_terms = discriminator_losses(real_logits, fake_logits, config.adversarial_loss)
     weights = state.discriminator_loss_weights()
     if "disc_lecam" in weights:

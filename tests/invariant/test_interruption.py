@@ -43,6 +43,20 @@ RUN = dict(
     dataloader_num_workers=0,
 )
 
+# Everything with a state of its own, in half precision
+BF16 = dict(
+    mixed_precision="bf16",
+    streaming=True,
+    shuffle_buffer_size=5,
+    train_batch_size=2,
+    gradient_accumulation_steps=2,
+    disc_type="stylegan",
+    r1_weight=1.0,
+    r1_interval=2,
+    adversarial_gradient_at_z=0.5,
+    diff_augment=[],
+)
+
 
 def run(fields: dict, errors: str) -> None:
     """In the child: train, with its output in a file."""
@@ -108,16 +122,21 @@ def log_without_clock(folder: Path) -> list[dict]:
     ]
 
 
+@pytest.mark.parametrize("options", [{}, BF16], ids=["files", "bf16_stream"])
 @pytest.mark.parametrize(
     "steps, kills", [(24, 6), pytest.param(1000, 20, marks=pytest.mark.slow)], ids=["short", "soak"]
 )
-def test_killed_run_ends_as_the_uninterrupted_one(server, image_folder, random_trunk, tmp_path, steps, kills):
-    fields = RUN | {
-        "dataset_name": str(image_folder),
-        "max_train_steps": steps,
-        "validation_steps": steps // 2,
-        "perceptual_weights_path": str(random_trunk / "alex.safetensors"),
-    }
+def test_killed_run_ends_as_the_uninterrupted_one(server, image_folder, random_trunk, tmp_path, steps, kills, options):
+    fields = (
+        RUN
+        | options
+        | {
+            "dataset_name": str(image_folder),
+            "max_train_steps": steps,
+            "validation_steps": steps // 2,
+            "perceptual_weights_path": str(random_trunk / "alex.safetensors"),
+        }
+    )
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     started = time.perf_counter()
     Killer(server, fields | {"output_dir": str(whole)}, tmp_path / "whole.log").finish()
