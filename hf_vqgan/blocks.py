@@ -18,7 +18,6 @@ from torch.nn.modules import module as of_all  # where hooks of all modules are 
 _group_norm_backward = torch.ops.aten.native_group_norm_backward
 _convolution_backward = torch.ops.aten.convolution_backward
 
-
 # Enlarging the weights instead of the image costs more than it saves on fewer pixels, of all images of a batch together
 MIN_PIXELS = 1024
 
@@ -29,7 +28,8 @@ class ResidualBlock(ResnetBlock2D):
     """
 
     def forward(self, input_tensor: Tensor, temb: None = None) -> Tensor:
-        """`(B, in, h, w)` to `(B, out, h, w)`: x + conv2(dropout(act(norm2(conv1(act(norm1(x))))))); no dropout yet."""
+        """`(B, in, h, w)` to `(B, out, h, w)`: x + conv2(dropout(act(norm2(conv1(act(norm1(x)))))))."""
+        # A VQ-GAN has no dropout: whoever sets it, or a hook on it, gets diffusers' own order of things.
         if self.dropout.p or not is_plain(self.dropout, nn.Dropout):
             return super().forward(input_tensor, temb)
         hidden = norm_act_conv(input_tensor, self.norm1, self.nonlinearity, self.conv1)
