@@ -196,22 +196,25 @@ class VQGANModel(PreTrainedModel):
         self,
         storage_dtype: torch.dtype = torch.float8_e4m3fn,
         compute_dtype: torch.dtype | None = None,
-        skip_modules_pattern: tuple[str, ...] = DEFAULT_SKIP_MODULES_PATTERN,
+        skip_modules_pattern: tuple[str, ...] | None = None,
         **options,
     ) -> None:
         """
-        Store the networks' weights in fewer bits, and cast each layer's when it runs; normalisation and the codebook
-        stay as they are. As diffusers' models do, for inference.
+        Store the networks' weights in fewer bits, and cast each layer's when it runs: for inference, as diffusers'
+        models do. Normalisation and the codebook stay in `compute_dtype`.
 
         Args:
             storage_dtype (`torch.dtype`): Of the weights at rest.
             compute_dtype (`torch.dtype`, *optional*): Of computations. Default: the model's dtype.
-            skip_modules_pattern (`tuple[str, ...]`): Regular expressions for the names of more layers to leave alone.
+            skip_modules_pattern (`tuple[str, ...]`, *optional*):
+                Regular expressions for the names of layers to leave alone beside the quantizer. Default: those of
+                diffusers, above all the norms.
             options: Of `diffusers.hooks.apply_layerwise_casting`: `skip_modules_classes`, `non_blocking`.
         """
         compute_dtype = compute_dtype or self.dtype
         self.to(compute_dtype)
-        skipped = (*skip_modules_pattern, *self._skip_layerwise_casting_patterns)
+        patterns = DEFAULT_SKIP_MODULES_PATTERN if skip_modules_pattern is None else skip_modules_pattern
+        skipped = (*patterns, *self._skip_layerwise_casting_patterns)
         apply_layerwise_casting(self, storage_dtype, compute_dtype, skipped, **options)
 
     @apply_forward_hook
@@ -311,8 +314,13 @@ class VQGANModel(PreTrainedModel):
                 latents = latent_transform(latents)
             chosen = self.quantize(latents)
             sample = self._decode_quantized(latents if force_not_quantize else chosen.quantized)
-        hidden_states = tuple(features) if wanted else None
-        output = VQGANOutput(sample, latents, chosen.indices, chosen.losses, hidden_states)
+        output = VQGANOutput(
+            sample=sample,
+            latents=latents,
+            indices=chosen.indices,
+            losses=chosen.losses,
+            hidden_states=tuple(features) if wanted else None,
+        )
         return output if (config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
     @classmethod

@@ -163,9 +163,12 @@ def fetched(module: nn.Module) -> Iterator[None]:
 
     Their hooks bring a layer's weights for the layer's forward pass only; codebooks are read without one.
     """
-    parts = list(module.modules())
-    hooked = [(part, part._hf_hook) for part in parts if getattr(getattr(part, "_hf_hook", None), "offload", False)]
-    hooked += [(part, hook) for part in parts if (hook := layerwise_casting(part)) is not None]
+    hooked = []
+    for part in module.modules():
+        if getattr(getattr(part, "_hf_hook", None), "offload", False):
+            hooked.append((part, part._hf_hook))
+        if (casting := layerwise_casting(part)) is not None:
+            hooked.append((part, casting))
     for part, hook in hooked:
         hook.pre_forward(part)
     try:

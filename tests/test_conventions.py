@@ -467,11 +467,11 @@ def test_what_trainer_must_not_swallow(tmp_path, plain_model):
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # dynamo's
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
-def test_compiled(training, pixels):
+def test_compiled_in_one_graph(training, pixels):
     model = model_of(config_of("vq", "maskgit"))
     expected = training_gradients(model, pixels) if training else model(pixels)
     torch.compiler.reset()
-    compiled = torch.compile(model, backend="aot_eager")
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     got = training_gradients(compiled, pixels) if training else compiled(pixels)
     got = {name.removeprefix("_orig_mod."): tensor for name, tensor in got.items()}
     assert_same_output(got, dict(expected), rtol=1e-4, atol=1e-5)
