@@ -12,10 +12,14 @@ import torch.nn.functional as F
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
+from torch.nn.modules import module as of_all  # where hooks of all modules are kept
 
 # Operators that modules have no access to
 _group_norm_backward = torch.ops.aten.native_group_norm_backward
 _convolution_backward = torch.ops.aten.convolution_backward
+
+# Enlarging the weights instead of the image costs more than it saves on fewer pixels, of all images of a batch together
+MIN_PIXELS = 1024
 
 
 class ResidualBlock(ResnetBlock2D):
@@ -24,7 +28,10 @@ class ResidualBlock(ResnetBlock2D):
     """
 
     def forward(self, input_tensor: Tensor, temb: None = None) -> Tensor:
-        """`(B, in, h, w)` to `(B, out, h, w)`: x + conv2(act(norm2(conv1(act(norm1(x))))))."""
+        """`(B, in, h, w)` to `(B, out, h, w)`: x + conv2(dropout(act(norm2(conv1(act(norm1(x)))))))."""
+        # A VQ-GAN has no dropout: whoever sets it, or a hook on it, gets diffusers' own order of things.
+        if self.dropout.p or not is_plain(self.dropout, nn.Dropout):
+            return super().forward(input_tensor, temb)
         hidden = norm_act_conv(input_tensor, self.norm1, self.nonlinearity, self.conv1)
         hidden = norm_act_conv(hidden, self.norm2, self.nonlinearity, self.conv2)
         # In this order, which decides on the sum's layout and with that on rounding
@@ -32,33 +39,11 @@ class ResidualBlock(ResnetBlock2D):
 
 
 class UpsamplingBlock(Upsample2D):
-    """An `Upsample2D` that leaves all the work to its convolution, an [`UpsamplingConv`]."""
+    """An `Upsample2D` by nearest neighbour with a 3x3 convolution, which [`upsample_conv`] takes together."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """`(B, C, h, w)` to `(B, out, 2h, 2w)`."""
-        return self.conv(hidden_states)
-
-
-class UpsamplingConv(nn.Conv2d):
-    """
-    A 3x3 convolution of its input enlarged twice by nearest neighbour: `(B, C, h, w)` to `(B, out, 2h, 2w)`.
-
-    Nine neighbours in the enlarged image are copies of four pixels. Along one axis, with weights (a, b, c):
-
-        y[2i] = a x[i-1] + (b + c) x[i],   y[2i+1] = (a + b) x[i] + c x[i+1]
-
-    which is a transposed convolution of stride 2 with the weights (c, b + c, a + b, a): in two dimensions 16 products
-    per pixel of x instead of 36, and no enlarged image (https://huggingface.co/papers/1609.07009).
-    """
-
-    # Summing the weights costs more than it saves on fewer pixels, of all images of a batch together
-    MIN_PIXELS = 1024
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.device.type != "cpu" or len(x) * x.shape[2:].numel() < self.MIN_PIXELS:  # measured on CPU alone
-            return super().forward(F.interpolate(x, scale_factor=2.0, mode="nearest"))
-        sums = F.avg_pool2d(self.weight.flip(2, 3), 2, stride=1, padding=1, divisor_override=1)  # (out, C, 4, 4)
-        return F.conv_transpose2d(x, sums.transpose(0, 1), self.bias, stride=2, padding=1)
+        return upsample_conv(hidden_states, self.conv)
 
 
 # What diffusers' blocks become
@@ -70,17 +55,52 @@ def lighten(network: nn.Module) -> nn.Module:
     for block in network.modules():
         if type(block) in LIGHT_BLOCKS:
             block.__class__ = LIGHT_BLOCKS[type(block)]
-            if type(block) is UpsamplingBlock:
-                block.conv.__class__ = UpsamplingConv
     return network
+
+
+def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """
+    Whether calling `module` does what `kind.forward` does with its parameters and nothing else, so that the result may
+    be computed in another way. Otherwise somebody has a say in it who is to be heard: through hooks (of the module or
+    of all modules; `prune`, old `weight_norm`), parametrizations or adapters (which change the type), a `forward` of
+    its own (Accelerate, diffusers' offloading and casting), weights that are special tensors, padding other than zeros.
+    """
+    return (
+        type(module) is kind
+        and "forward" not in module.__dict__
+        and not (module._forward_hooks or module._forward_pre_hooks)
+        and not (module._backward_hooks or module._backward_pre_hooks)
+        and not (of_all._global_forward_hooks or of_all._global_forward_pre_hooks)
+        and not (of_all._global_backward_hooks or of_all._global_backward_pre_hooks)
+        and all(weight is None or type(weight) is nn.Parameter for weight in module._parameters.values())
+        and module.__dict__.get("padding_mode", "zeros") == "zeros"
+    )
+
+
+def upsample_conv(x: Tensor, conv: nn.Module) -> Tensor:
+    """
+    A 3x3 convolution of `x` enlarged twice by nearest neighbour: `(B, C, h, w)` to `(B, out, 2h, 2w)`.
+
+    Nine neighbours in the enlarged image are copies of four pixels. Along one axis, with weights (a, b, c):
+
+        y[2i] = a x[i-1] + (b + c) x[i],   y[2i+1] = (a + b) x[i] + c x[i+1]
+
+    which is a transposed convolution of stride 2 with the weights (c, b + c, a + b, a): in two dimensions 16 products
+    per pixel of x instead of 36, and no enlarged image (https://huggingface.co/papers/1609.07009).
+    """
+    few = x.device.type != "cpu" or len(x) * x.shape[2:].numel() < MIN_PIXELS  # measured on CPU alone
+    if few or not is_plain(conv, nn.Conv2d):
+        return conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+    sums = F.avg_pool2d(conv.weight.flip(2, 3), 2, stride=1, padding=1, divisor_override=1)  # (out, C, 4, 4)
+    return F.conv_transpose2d(x, sums.transpose(0, 1), conv.bias, stride=2, padding=1)
 
 
 def norm_act_conv(x: Tensor, norm: nn.Module, activation: nn.Module, conv: nn.Module) -> Tensor:
     """
-    `conv(activation(norm(x)))`. In training mode, where it is GroupNorm, SiLU and a convolution, the backward pass has
-    `x` alone to go by and computes the rest again. Without gradients, SiLU overwrites what it is given.
+    `conv(activation(norm(x)))`. In training mode, where it is GroupNorm, SiLU and a convolution and nothing else, the
+    backward pass has `x` alone to go by and computes the rest again. Without gradients, SiLU overwrites its input.
     """
-    if type(norm) is not nn.GroupNorm or type(activation) is not nn.SiLU or type(conv) is not nn.Conv2d:
+    if not (is_plain(norm, nn.GroupNorm) and is_plain(activation, nn.SiLU) and is_plain(conv, nn.Conv2d)):
         return conv(activation(norm(x)))
     if norm.training and torch.is_grad_enabled():
         how = norm.num_groups, norm.eps, conv.stride, conv.padding, conv.dilation, conv.groups
@@ -104,9 +124,11 @@ class _NormSiLUConv(torch.autograd.Function):
         groups, eps, stride, padding, dilation, conv_groups = ctx.how
         wanted = ctx.needs_input_grad[:5]
         if torch.is_grad_enabled():  # somebody differentiates twice: slowly
-            inputs = x, norm_weight, norm_bias, weight, bias
+            # By other names: x may itself come from these weights, and that is not for this block to differentiate.
+            inputs = tuple(t if t is None else t.view_as(t) for t in (x, norm_weight, norm_bias, weight, bias))
+            x, norm_weight, norm_bias, *convolution = inputs
             hidden = F.silu(F.group_norm(x.to(norm_weight.dtype), groups, norm_weight, norm_bias, eps))
-            out = F.conv2d(hidden.to(gradient.dtype), *(t if t is None else t.to(gradient.dtype) for t in inputs[3:]),
+            out = F.conv2d(hidden.to(gradient.dtype), *(t if t is None else t.to(gradient.dtype) for t in convolution),
                            stride, padding, dilation, conv_groups)  # fmt: skip
             needed = [tensor for tensor, want in zip(inputs, wanted, strict=True) if want]
             found = iter(torch.autograd.grad(out, needed, gradient, create_graph=True))

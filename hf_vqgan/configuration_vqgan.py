@@ -1,14 +1,19 @@
 """Configuration of a VQ-GAN: what is needed to rebuild the model, and nothing about how it was trained."""
 
+import contextlib
 import difflib
 import math
+import warnings
+from collections.abc import Iterator
+from contextvars import ContextVar
 from dataclasses import fields
+from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 # Keys that transformers and diffusers add to a config.json or pass to a config's constructor on their own account.
-# Every other unknown key is a misspelling: transformers would keep it silently, we report it.
+# transformers would keep every other key, too, and say nothing; here it is an error in Python and a warning in a file.
 LIBRARY_KEYS = frozenset(
     {
         "attn_implementation",
@@ -21,9 +26,23 @@ LIBRARY_KEYS = frozenset(
         "quantization_config",
         "torch_dtype",
         "transformers_weights",
+        "use_cache",
         "use_return_dict",
     }
 )
+
+# Whether the keys at hand come from a file or another serialized config, which may hold what others have added.
+_reading: ContextVar[bool] = ContextVar("reading", default=False)
+
+
+@contextlib.contextmanager
+def reading() -> Iterator[None]:
+    """While it lasts, unknown keys are kept with a warning instead of refused."""
+    token = _reading.set(True)
+    try:
+        yield
+    finally:
+        _reading.reset(token)
 
 
 @strict
@@ -99,7 +118,9 @@ class VQGANConfig(PreTrainedConfig):
         lookup_from_codebook (`bool`, defaults to `True`): Passed on to `diffusers.VQModel` by `to_diffusers()`.
 
     Raises:
-        ValueError: for an unknown field (with the nearest known name) and for values that contradict each other.
+        ValueError:
+            For an unknown field (with the nearest known name) and for values that contradict each other. An unknown key
+            of a file (`from_pretrained`, `from_dict`, ...) is kept with a warning: libraries write their own into it.
     """
 
     model_type = "vqgan"
@@ -146,16 +167,7 @@ class VQGANConfig(PreTrainedConfig):
     lookup_from_codebook: bool = True
 
     def __post_init__(self, **kwargs):
-        unknown = [key for key in kwargs if not key.startswith("_") and key not in LIBRARY_KEYS]
-        if unknown:
-            known = [field.name for field in fields(self)]
-            hints = [
-                f"{key!r}" + "".join(f" (did you mean {m!r}?)" for m in difflib.get_close_matches(key, known, 1))
-                for key in unknown
-            ]
-            raise ValueError(
-                f"VQGANConfig has no field {', '.join(hints)}. Its fields are: {', '.join(model_fields())}."
-            )
+        self._report_unknown([key for key in kwargs if not key.startswith("_") and key not in LIBRARY_KEYS])
 
         # Tuples, so that a config built in Python equals the same config read back from JSON.
         self.block_out_channels = tuple(self.block_out_channels)
@@ -177,6 +189,28 @@ class VQGANConfig(PreTrainedConfig):
             self.num_vq_embeddings, self.vq_embed_dim = math.prod(self.fsq_levels), len(self.fsq_levels)
         self._check_values()
         super().__post_init__(**kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+        with reading():
+            return super().from_dict(config_dict, **kwargs)
+
+    @classmethod
+    def from_json_file(cls, json_file):
+        with reading():
+            return super().from_json_file(json_file)
+
+    def _report_unknown(self, keys: list[str]):
+        if not keys:
+            return
+        known = [field.name for field in fields(self)]
+        hints = ", ".join(
+            f"{key!r}" + "".join(f" (did you mean {m!r}?)" for m in difflib.get_close_matches(key, known, 1))
+            for key in keys
+        )
+        if not _reading.get():
+            raise ValueError(f"VQGANConfig has no field {hints}. Its fields are: {', '.join(model_fields())}.")
+        warnings.warn(f"the config has keys that VQGANModel does not read: {hints}.", stacklevel=2)
 
     def _check_values(self):
         levels = len(self.block_out_channels)

@@ -9,8 +9,9 @@ from collections.abc import Callable
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .blocks import UpsamplingConv, norm_act_conv
+from .blocks import norm_act_conv, upsample_conv
 
 EPS = 1e-6
 
@@ -44,14 +45,17 @@ class MaskGitUpsample(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        self.conv = UpsamplingConv(channels, channels, 3, padding=1)
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, features: Tensor) -> Tensor:
-        return self.conv(features)
+        return upsample_conv(features, self.conv)
 
 
-class MaskGitBlock(nn.Module):
-    """The residual blocks of one level, then (in the decoder, on every level but the last) the upsampling."""
+class MaskGitBlock(GradientCheckpointingLayer):
+    """
+    The residual blocks of one level, then (in the decoder, on every level but the last) the upsampling. With gradient
+    checkpointing the backward pass computes a level again from its input.
+    """
 
     def __init__(self, in_channels: int, out_channels: int, layers: int, groups: int, act, upsample: bool = False):
         super().__init__()

@@ -3,17 +3,19 @@
 Nothing about losses on images, discriminators or training is here: see `losses.py` and `training.py`.
 """
 
+import contextlib
 import importlib
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import VQModel
-from diffusers.hooks import apply_group_offloading
+from diffusers.hooks import apply_group_offloading, apply_layerwise_casting
+from diffusers.hooks.layerwise_casting import DEFAULT_SKIP_MODULES_PATTERN
 from diffusers.models.activations import get_activation
 from diffusers.models.attention_processor import SpatialNorm
 from diffusers.models.autoencoders.vae import Decoder, DecoderOutput, Encoder, IdentityDistribution
@@ -26,7 +28,7 @@ from transformers.utils import ModelOutput
 from .blocks import lighten
 from .configuration_vqgan import VQGANConfig
 from .modeling_maskgit import MaskGitDecoder, MaskGitEncoder
-from .quantizers import QUANTIZERS, Quantizer
+from .quantizers import QUANTIZERS, Quantizer, layerwise_casting
 
 
 @dataclass
@@ -52,12 +54,16 @@ class VQGANOutput(ModelOutput):
         latents (`Tensor` of shape `(B, D, h, w)`): Continuous latents, before quantization.
         indices (`Tensor` of shape `(B, h, w)`, int64): Chosen codes; `(B, h, w, n)` with n codes per position.
         losses (`dict[str, Tensor]`): The quantizer's named, unweighted losses.
+        hidden_states (`tuple[Tensor]`, *optional*):
+            With `output_hidden_states`, the features in the order of their making: after each level of the encoder
+            `(B, C_i, H_i, W_i)` and its middle block, then after the decoder's middle block and each of its levels.
     """
 
     sample: Tensor | None = None
     latents: Tensor | None = None
     indices: Tensor | None = None
     losses: dict[str, Tensor] | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
 
 
 class VQGANModel(PreTrainedModel):
@@ -78,7 +84,6 @@ class VQGANModel(PreTrainedModel):
     main_input_name = "pixel_values"
     input_modalities = ("image",)
     supports_gradient_checkpointing = True
-    _keep_in_fp32_modules_strict = ["cluster_size", "embed_avg"]  # moving averages of `vq_ema`
     _no_split_modules = [
         "DownEncoderBlock2D",
         "AttnDownEncoderBlock2D",
@@ -88,6 +93,7 @@ class VQGANModel(PreTrainedModel):
         "MaskGitBlock",
         *(kind.__name__ for kind in QUANTIZERS.values()),
     ]
+    _skip_layerwise_casting_patterns = ["quantize"]
 
     def __init__(self, config: VQGANConfig):
         super().__init__(config)
@@ -112,6 +118,17 @@ class VQGANModel(PreTrainedModel):
         # PyTorch's fan-in scale, which diffusers' blocks are made for. Each module sets its direct parameters only.
         if hasattr(module, "reset_parameters"):
             module.reset_parameters()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the first layer computes in. With layerwise casting, its weights are stored in another dtype."""
+        for module in self.modules():
+            if (casting := layerwise_casting(module)) is not None:
+                return casting.compute_dtype
+            for weight in module.parameters(recurse=False):
+                if weight.is_floating_point():
+                    return weight.dtype
+        raise AttributeError("the model has no floating-point weights, and so no dtype.")
 
     @property
     def last_layer(self) -> Tensor:
@@ -175,6 +192,31 @@ class VQGANModel(PreTrainedModel):
                 folder = offload_to_disk_path and str(Path(offload_to_disk_path) / name)
                 apply_group_offloading(part, onload_device, offload_to_disk_path=folder, **options)
 
+    def enable_layerwise_casting(
+        self,
+        storage_dtype: torch.dtype = torch.float8_e4m3fn,
+        compute_dtype: torch.dtype | None = None,
+        skip_modules_pattern: tuple[str, ...] | None = None,
+        **options,
+    ) -> None:
+        """
+        Store the networks' weights in fewer bits, and cast each layer's when it runs: for inference, as diffusers'
+        models do. Normalisation and the codebook stay in `compute_dtype`.
+
+        Args:
+            storage_dtype (`torch.dtype`): Of the weights at rest.
+            compute_dtype (`torch.dtype`, *optional*): Of computations. Default: the model's dtype.
+            skip_modules_pattern (`tuple[str, ...]`, *optional*):
+                Regular expressions for the names of layers to leave alone beside the quantizer. Default: those of
+                diffusers, above all the norms.
+            options: Of `diffusers.hooks.apply_layerwise_casting`: `skip_modules_classes`, `non_blocking`.
+        """
+        compute_dtype = compute_dtype or self.dtype
+        self.to(compute_dtype)
+        patterns = DEFAULT_SKIP_MODULES_PATTERN if skip_modules_pattern is None else skip_modules_pattern
+        skipped = (*patterns, *self._skip_layerwise_casting_patterns)
+        apply_layerwise_casting(self, storage_dtype, compute_dtype, skipped, **options)
+
     @apply_forward_hook
     def encode(self, pixel_values: Tensor, return_dict: bool = True) -> VQGANEncoderOutput | tuple[Tensor]:
         """
@@ -235,8 +277,10 @@ class VQGANModel(PreTrainedModel):
         self,
         pixel_values: Tensor,
         force_not_quantize: bool = False,
-        return_dict: bool = True,
+        return_dict: bool | None = None,
         latent_transform: Callable[[Tensor], Tensor] | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
     ) -> VQGANOutput | tuple[Tensor, ...]:
         """
         Reconstruct `pixel_values` `(B, C, H, W)` in [-1, 1].
@@ -244,14 +288,40 @@ class VQGANModel(PreTrainedModel):
         With `force_not_quantize` the decoder sees the continuous latents, as at the start of some trainings; indices
         and losses are those of the quantizer all the same. `latent_transform` maps the latents before quantization, in
         trainings that ask more of them than to be decodable; the output's `latents` are then what it gives.
+
+        Args:
+            return_dict (`bool`, *optional*):
+                Whether to return a [`VQGANOutput`] or a tuple of what it holds. Default: `config.return_dict`.
+            output_hidden_states (`bool`, *optional*):
+                Whether to return the features of every level, too. Default: `config.output_hidden_states`.
+            output_attentions (`bool`, *optional*): Not to be had: the attention kernels keep no weights.
+
+        Raises:
+            ValueError: as `encode`; for `output_attentions`; for `output_hidden_states` of an image in parts.
         """
-        latents = self.encode(pixel_values).latents
-        if latent_transform is not None:
-            latents = latent_transform(latents)
-        chosen = self.quantize(latents)
-        sample = self._decode_quantized(latents if force_not_quantize else chosen.quantized)
-        output = VQGANOutput(sample=sample, latents=latents, indices=chosen.indices, losses=chosen.losses)
-        return output if return_dict else output.to_tuple()
+        config = self.config
+        if config.output_attentions if output_attentions is None else output_attentions:
+            raise ValueError("output_attentions=True: the attention kernels of VQGANModel keep no weights to return.")
+        wanted = config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        if wanted and (self.use_slicing or self.use_tiling):
+            raise ValueError(
+                "output_hidden_states=True: features of an image in parts do not fit together. Call disable_slicing() "
+                "and disable_tiling() first."
+            )
+        with recorded(self._levels() if wanted else []) as features:
+            latents = self.encode(pixel_values).latents
+            if latent_transform is not None:
+                latents = latent_transform(latents)
+            chosen = self.quantize(latents)
+            sample = self._decode_quantized(latents if force_not_quantize else chosen.quantized)
+        output = VQGANOutput(
+            sample=sample,
+            latents=latents,
+            indices=chosen.indices,
+            losses=chosen.losses,
+            hidden_states=tuple(features) if wanted else None,
+        )
+        return output if (config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
     @classmethod
     def from_original(
@@ -346,6 +416,11 @@ class VQGANModel(PreTrainedModel):
             parameter.data = parameter.data.to(self.device, self.dtype)
         return model.train(self.training)
 
+    def _levels(self) -> list[nn.Module]:
+        """The blocks that an image passes on its way through encoder and decoder."""
+        blocks = [*self.encoder.down_blocks, self.encoder.mid_block]
+        return blocks if self.config.encoder_only else [*blocks, self.decoder.mid_block, *self.decoder.up_blocks]
+
     def _decode_quantized(self, quantized: Tensor) -> Tensor:
         if self.config.encoder_only:
             raise ValueError(
@@ -411,6 +486,18 @@ class VQGANModel(PreTrainedModel):
                 f"resize to {height // factor * factor}x{width // factor * factor} "
                 f"(VQGANImageProcessor(size_divisor={factor}) does)."
             )
+
+
+@contextlib.contextmanager
+def recorded(modules: list[nn.Module]) -> Iterator[list[Tensor]]:
+    """What `modules` return from here on, in the order of their calls."""
+    outputs: list[Tensor] = []
+    hooks = [module.register_forward_hook(lambda _, inputs, output: outputs.append(output)) for module in modules]
+    try:
+        yield outputs
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _conversion():

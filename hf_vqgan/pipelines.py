@@ -5,6 +5,7 @@ import inspect
 import torch
 from diffusers import DiffusionPipeline, DiTTransformer2DModel, ImagePipelineOutput, UNet2DModel, VQModel
 from diffusers.image_processor import VaeImageProcessor
+from diffusers.models.modeling_utils import get_parameter_dtype
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
@@ -51,7 +52,7 @@ def predict(
     """
     timesteps = timesteps.to(latents.device)
     condition = {} if class_labels is None else {"class_labels": class_labels}
-    dtype = next(denoiser.parameters()).dtype  # the trainer's denoiser may be wrapped for DDP, and has no `dtype` then
+    dtype = get_parameter_dtype(denoiser)  # the trainer's denoiser may be wrapped for DDP, and has no `dtype` then
     output = denoiser(latents.to(dtype), timestep=timesteps, **condition).sample
     return output[:, : latents.shape[1]].to(latents.dtype)
 

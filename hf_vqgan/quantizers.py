@@ -16,6 +16,7 @@ import copy
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -157,18 +158,30 @@ class _Rotate(torch.autograd.Function):
 @contextlib.contextmanager
 def fetched(module: nn.Module) -> Iterator[None]:
     """
-    The module with its weights in place, wherever Accelerate has offloaded them (`device_map`, sequential offloading).
+    The module with its weights in place and in the dtype of computations, wherever Accelerate has offloaded them
+    (`device_map`, sequential offloading) and in whatever diffusers stores them (layerwise casting).
 
-    Accelerate's hooks bring a layer's weights for the layer's forward pass only; codebooks are read without one.
+    Their hooks bring a layer's weights for the layer's forward pass only; codebooks are read without one.
     """
-    hooked = [part for part in module.modules() if getattr(getattr(part, "_hf_hook", None), "offload", False)]
-    for part in hooked:
-        part._hf_hook.pre_forward(part)
+    hooked = []
+    for part in module.modules():
+        if getattr(getattr(part, "_hf_hook", None), "offload", False):
+            hooked.append((part, part._hf_hook))
+        if (casting := layerwise_casting(part)) is not None:
+            hooked.append((part, casting))
+    for part, hook in hooked:
+        hook.pre_forward(part)
     try:
         yield
     finally:
-        for part in hooked:
-            part._hf_hook.post_forward(part, None)
+        for part, hook in hooked:
+            hook.post_forward(part, None)
+
+
+def layerwise_casting(module: nn.Module) -> Any | None:
+    """The hook by which diffusers stores `module`'s own weights in one dtype and casts them to another to compute."""
+    registry = getattr(module, "_diffusers_hook", None)
+    return registry and registry.get_hook("layerwise_casting")
 
 
 class Quantizer(nn.Module):
@@ -183,6 +196,7 @@ class Quantizer(nn.Module):
 
     loss_names: tuple[str, ...] = ()
     num_codebooks: int = 1
+    _keep_in_fp32_modules_strict: list[str] = []  # VQGANModel adopts it from its instance's quantizer
 
     def __init__(self, config: VQGANConfig):
         super().__init__()
@@ -393,14 +407,19 @@ class EMAVectorQuantizer(VectorQuantizer):
     """
 
     loss_names = ("commitment",)
+    _keep_in_fp32_modules_strict = [
+        "cluster_size",
+        "embed_avg",
+    ]  # as `_apply` does, where transformers does the casting
 
     def __init__(self, config: VQGANConfig):
         super().__init__(config)
         self.decay = config.ema_decay
         # A Parameter all the same: averages of the whole model (diffusers' EMAModel) follow parameters only.
         self.embedding.weight.requires_grad_(False)
-        self.register_buffer("cluster_size", torch.empty(self.num_codes))  # N
-        self.register_buffer("embed_avg", torch.empty(self.num_codes, self.embed_dim))  # m
+        wide = torch.promote_types(torch.get_default_dtype(), torch.float32)
+        self.register_buffer("cluster_size", torch.empty(self.num_codes, dtype=wide))  # N
+        self.register_buffer("embed_avg", torch.empty(self.num_codes, self.embed_dim, dtype=wide))  # m
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -409,12 +428,12 @@ class EMAVectorQuantizer(VectorQuantizer):
         init.copy_(self.embed_avg, self.embedding.weight)
 
     def _apply(self, fn, recurse: bool = True):
-        # Moving the model to another dtype must not round the averages: in bfloat16, γ = 0.99 would change nothing.
+        # Averages have the model's dtype or, if that is shorter, float32: in bfloat16, γ = 0.99 would change nothing.
         kept = {name: self._buffers[name] for name in ("cluster_size", "embed_avg")}
         super()._apply(fn, recurse)
         for name, buffer in kept.items():
-            if self._buffers[name].dtype != buffer.dtype:
-                self._buffers[name] = buffer.to(self._buffers[name].device)
+            if self._buffers[name].dtype.itemsize < 4:
+                self._buffers[name] = buffer.to(self._buffers[name].device, torch.float32)
         return self
 
     def codebook_statistics(self, vectors: Tensor, indices: Tensor) -> Tensor:
@@ -651,6 +670,7 @@ class _CompositeQuantizer(Quantizer):
         part.vq_embed_dim = embed_dim
         self.parts = nn.ModuleList(SIMPLE_QUANTIZERS[config.base_quantizer](part) for _ in range(self.num_codebooks))
         self.loss_names = self.parts[0].loss_names
+        self._keep_in_fp32_modules_strict = self.parts[0]._keep_in_fp32_modules_strict
 
     def shares(self, vectors: Tensor, indices: Tensor | None = None) -> list[Tensor]:
         """What each part sees of latents `(N, D)`, given the choices `(N, n)` if they are known."""

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from .blocks import LIGHT_BLOCKS, UpsamplingBlock
+from .blocks import LIGHT_BLOCKS
 from .losses import adversarial_loss, discriminator_losses, lecam_penalty, r1_penalty, reconstruction_losses
 from .modeling_vqgan import VQGANOutput
 from .training_step import TrainState, augment, clip_gradients, generate, update_weights
@@ -92,8 +92,6 @@ def use_plain_blocks(network: nn.Module) -> None:
     """Let the blocks in `network` be diffusers' own again: what `lighten` did, undone."""
     plain_blocks = {light: plain for plain, light in LIGHT_BLOCKS.items()}
     for block in network.modules():
-        if type(block) is UpsamplingBlock:
-            block.conv.__class__ = nn.Conv2d
         if type(block) in plain_blocks:
             block.__class__ = plain_blocks[type(block)]
 

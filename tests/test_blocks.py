@@ -9,9 +9,10 @@ from conftest import TINY
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
 from torch import nn
+from torch.nn.utils import parametrizations, prune
 
 from hf_vqgan import VQGANConfig, VQGANModel
-from hf_vqgan.blocks import ResidualBlock, UpsamplingBlock, UpsamplingConv, lighten, norm_act_conv
+from hf_vqgan.blocks import ResidualBlock, UpsamplingBlock, _NormSiLUConv, lighten, norm_act_conv
 from hf_vqgan.speed import count_gflop
 from hf_vqgan.textbook_steps import use_plain_blocks
 
@@ -109,6 +110,32 @@ def test_frozen_parameters_get_no_gradient():
     assert ours.conv1.weight.grad is not None
 
 
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_gradients_that_are_to_be_differentiated(layout):
+    """Gradients of gradients; and of a block applied twice, whose input comes from its own weights."""
+    ours, plain = blocks()
+    x = torch.randn(1, 16, 3, 3, dtype=torch.float64).contiguous(memory_format=layout).requires_grad_()
+
+    def twice(block, x):
+        return block(block(x, None), None)
+
+    for one, other in zip(*[
+        torch.autograd.grad(twice(block, x).pow(3).sum(), (x, *block.parameters()), create_graph=True)
+        for block in (ours, plain)
+    ], strict=True):  # fmt: skip
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+
+    norm, conv = nn.GroupNorm(2, 4).double(), nn.Conv2d(4, 3, 3, padding=1).double()
+    small = torch.randn(2, 4, 2, 3, dtype=torch.float64).contiguous(memory_format=layout).requires_grad_()
+    weights = [nn.init.normal_(p.detach()).requires_grad_() for p in (norm.weight, norm.bias, conv.weight, conv.bias)]
+
+    def function(x, *weights):
+        return _NormSiLUConv.apply(x, *weights, 2, 1e-6, (1, 1), (1, 1), (1, 1), 1)
+
+    assert torch.autograd.gradcheck(function, (small, *weights))
+    assert torch.autograd.gradgradcheck(function, (small, *weights), fast_mode=True)
+
+
 def test_two_tensors_are_kept():
     ours, _ = blocks()
     x, kept = torch.randn(2, 16, 8, 8, dtype=torch.float64, requires_grad=True), set()
@@ -137,22 +164,121 @@ def test_other_activations_and_convolutions_go_their_own_way():
     torch.testing.assert_close(norm_act_conv(x, norm, nn.SiLU(), conv), conv(F.silu(norm(x))))
 
 
-def upsampling_blocks(min_pixels: int = 0) -> tuple[UpsamplingBlock, Upsample2D]:
-    """Ours, which sums weights from so many pixels on, and diffusers', with the same weights, float64."""
+def own_forward(layer: nn.Module) -> None:
+    layer.forward = lambda x: 2 * type(layer).forward(layer, x)
+
+
+def write_weights(layer: nn.Module, inputs) -> None:
+    layer.weight.data.fill_(1)
+
+
+# What others do to the layers of a block
+INTERVENTIONS = {
+    "spectral_norm": lambda block: parametrizations.spectral_norm(block.conv1),
+    "weight_norm": lambda block: parametrizations.weight_norm(block.conv1),
+    "prune": lambda block: prune.l1_unstructured(block.conv1, "weight", amount=0.5),
+    "seamless": lambda block: setattr(block.conv1, "padding_mode", "circular"),
+    "dropout": lambda block: setattr(block.dropout, "p", 0.5),
+    "adapter": lambda block: setattr(block, "conv1", nn.Sequential(block.conv1, nn.Tanh())),
+    "forward": lambda block: own_forward(block.conv1),
+    "weights": lambda block: block.conv1.register_forward_pre_hook(write_weights),
+    "input": lambda block: block.conv1.register_forward_pre_hook(lambda _, inputs: inputs[0] + 1),
+    "output": lambda block: block.norm1.register_forward_hook(lambda _, inputs, out: out.sin()),
+    "activation": lambda block: block.nonlinearity.register_forward_hook(lambda _, inputs, out: out.sin()),
+    "gradient": lambda block: block.norm2.register_full_backward_hook(lambda _, at_x, at_out: (2 * at_x[0],)),
+}
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize("name", INTERVENTIONS)
+def test_interventions_into_residual_blocks_are_heard(name, training):
+    x = torch.randn(2, 16, 6, 6, dtype=torch.float64)
+    results = []
+    for block in blocks():
+        block.train(training)
+        torch.manual_seed(0)  # spectral_norm and dropout draw
+        INTERVENTIONS[name](block)
+        results.append(gradients(block, x, torch.linspace(-1, 1, x.numel()).view(x.shape)))
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+    if training or name != "dropout":  # the test can fail
+        untouched = gradients(blocks()[1], x, torch.linspace(-1, 1, x.numel()).view(x.shape))
+        assert not all(torch.allclose(*pair) for pair in zip(untouched[:2], results[1][:2], strict=True)) or name in (
+            "weight_norm",  # is another way to write the same weights
+        )
+
+
+def watch(block: nn.Module, backward: bool) -> dict[tuple[str, str], list[torch.Tensor]]:
+    """What hooks on each layer of `block` are going to keep."""
+    kept: dict[tuple[str, str], list[torch.Tensor]] = {}
+
+    def keep(name, what, tensors):
+        kept.setdefault((name, what), []).extend(tensors)
+
+    for name, layer in block.named_children():
+        layer.register_forward_pre_hook(lambda _, inputs, name=name: keep(name, "input", inputs))
+        layer.register_forward_hook(lambda _, inputs, out, name=name: keep(name, "output", [out]))
+        if backward:
+            layer.register_full_backward_hook(
+                lambda _, at_x, at_out, name=name: keep(name, "gradients", (*at_x, *at_out))
+            )
+    return kept
+
+
+@pytest.mark.parametrize("mode", ["training", "evaluation", "no_grad"])
+def test_hooks_see_what_they_would_see_in_a_stock_block(mode):
+    """On every layer, forward, before it and backward; and what a hook has kept stays as it was."""
+    seen = []
+    for block in blocks(24):
+        seen.append(watch(block.train(mode == "training"), backward=mode != "no_grad"))
+        x = torch.linspace(-3, 3, 2 * 16 * 4 * 4, dtype=torch.float64).view(2, 16, 4, 4).requires_grad_()
+        with torch.set_grad_enabled(mode != "no_grad"):
+            out = block(x, None)
+        if mode != "no_grad":
+            out.pow(2).sum().backward()
+    ours, plain = seen
+    assert ours.keys() == plain.keys() and ("norm1", "output") in plain
+    for place, tensors in plain.items():
+        for one, other in zip(ours[place], tensors, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+
+
+def test_hooks_on_all_modules_are_heard():
+    """As profilers set them: on every module there is, without touching any."""
+    counts = []
+    for block in blocks():
+        called = []
+        handle = nn.modules.module.register_module_forward_hook(lambda module, *_, to=called: to.append(type(module)))
+        try:
+            block(torch.ones(1, 16, 4, 4, dtype=torch.float64), None)
+        finally:
+            handle.remove()
+        counts.append(sorted(kind.__name__ for kind in called[:-1]))
+    assert counts[0] == counts[1] and "GroupNorm" in counts[0]
+
+
+@pytest.fixture
+def summed_weights(monkeypatch):
+    """Weights are summed however few pixels there are."""
+    monkeypatch.setattr("hf_vqgan.blocks.MIN_PIXELS", 0)
+
+
+def upsampling_blocks() -> tuple[UpsamplingBlock, Upsample2D]:
+    """Ours and diffusers', with the same weights, float64."""
     torch.manual_seed(0)
     plain = Upsample2D(6, use_conv=True, out_channels=4).double()
     ours = lighten(nn.ModuleList([copy.deepcopy(plain)]))[0]
     assert type(ours) is UpsamplingBlock
-    ours.conv.MIN_PIXELS = min_pixels
     return ours, plain
 
 
 @pytest.mark.parametrize("shape", [(2, 6, 5, 7), (1, 6, 1, 4), (3, 6, 1, 1)], ids=str)
 @pytest.mark.parametrize("min_pixels", [0, 10**6], ids=["summed weights", "few pixels"])
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_upsampling_has_the_same_values_and_derivatives(layout, min_pixels, shape):
+def test_upsampling_has_the_same_values_and_derivatives(monkeypatch, layout, min_pixels, shape):
     """Up to the second, edges and corners included."""
-    ours, plain = (block.to(memory_format=layout) for block in upsampling_blocks(min_pixels))
+    monkeypatch.setattr("hf_vqgan.blocks.MIN_PIXELS", min_pixels)
+    ours, plain = (block.to(memory_format=layout) for block in upsampling_blocks())
     x = torch.randn(shape, dtype=torch.float64).contiguous(memory_format=layout).requires_grad_()
     direction = torch.randn(shape[0], 4, 2 * shape[2], 2 * shape[3], dtype=torch.float64)
     results = []
@@ -168,7 +294,7 @@ def test_upsampling_has_the_same_values_and_derivatives(layout, min_pixels, shap
 
 
 @pytest.mark.parametrize("mixed", [False, True], ids=["bfloat16", "mixed precision"])
-def test_upsampling_in_half_precision_is_off_by_rounding_alone(mixed):
+def test_upsampling_in_half_precision_is_off_by_rounding_alone(summed_weights, mixed):
     ours, plain = upsampling_blocks()
     dtype = torch.float32 if mixed else torch.bfloat16
     ours, separate = ours.to(dtype), copy.deepcopy(plain).to(dtype)
@@ -181,7 +307,7 @@ def test_upsampling_in_half_precision_is_off_by_rounding_alone(mixed):
     assert error < 2 * usual_error
 
 
-def test_no_enlarged_image_is_made():
+def test_no_enlarged_image_is_made(summed_weights):
     ours, plain = upsampling_blocks()
     x, kept = torch.randn(2, 6, 8, 8, dtype=torch.float64, requires_grad=True), []
 
@@ -198,7 +324,7 @@ def test_no_enlarged_image_is_made():
     assert few / many == pytest.approx(16 / 36)
 
 
-def test_whoever_wraps_an_upsampling_convolution_is_called():
+def test_whoever_wraps_an_upsampling_convolution_is_called(summed_weights):
     """As offloading does, which has a convolution's weights only while it runs."""
     ours, plain = upsampling_blocks()
 
@@ -229,7 +355,6 @@ def test_every_block_of_a_model_is_light():
     model = VQGANModel(VQGANConfig(**TINY))
     found = {type(module) for module in model.modules() if isinstance(module, ResnetBlock2D | Upsample2D)}
     assert found == {ResidualBlock, UpsamplingBlock}
-    assert type(model.decoder.up_blocks[0].upsamplers[0].conv) is UpsamplingConv
     use_plain_blocks(model)
     kinds = {type(module) for module in model.modules()}
-    assert not kinds & {ResidualBlock, UpsamplingBlock, UpsamplingConv}
+    assert not kinds & {ResidualBlock, UpsamplingBlock}

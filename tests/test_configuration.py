@@ -1,6 +1,9 @@
+import json
+
 import pytest
 from conftest import SPECIAL, TINY
 from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig, AutoModel
 
 from hf_vqgan import QUANTIZERS, VQGANConfig, VQGANModel
 from hf_vqgan.configuration_vqgan import model_fields
@@ -14,6 +17,34 @@ def test_round_trip(tmp_path, tiny_config):
 def test_misspelt_field_is_reported_with_the_right_name():
     with pytest.raises(ValueError, match="num_vq_embedings.*did you mean 'num_vq_embeddings'"):
         VQGANConfig(num_vq_embedings=3)
+
+
+def test_surplus_keys_of_a_file_are_kept_with_one_warning(tmp_path, tiny_config):
+    """Others write into configs, and files outlive releases. What libraries add of their own accord is no news."""
+    VQGANModel(tiny_config).save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())
+    written |= {"num_codes": 3, "ema_deca": 0.5, "use_cache": False}
+    (tmp_path / "config.json").write_text(json.dumps(written))
+    for read in (
+        lambda: VQGANConfig.from_pretrained(tmp_path),
+        lambda: AutoConfig.from_pretrained(tmp_path),
+        lambda: VQGANConfig.from_dict(written),
+        lambda: VQGANConfig.from_json_file(tmp_path / "config.json"),
+        lambda: VQGANModel.from_pretrained(tmp_path).config,
+        lambda: AutoModel.from_pretrained(tmp_path).config,
+    ):
+        with pytest.warns(UserWarning) as caught:
+            config = read()
+        assert len(caught) == 1
+        text = str(caught[0].message)
+        assert "'num_codes'" in text and "'ema_deca' (did you mean 'ema_decay'?)" in text and "use_cache" not in text
+        assert (config.num_codes, config.ema_deca, config.ema_decay) == (3, 0.5, 0.99)
+    config.save_pretrained(tmp_path / "again")
+    with pytest.warns(UserWarning, match="num_codes"):
+        assert VQGANConfig.from_pretrained(tmp_path / "again", num_codes=4).num_codes == 4
+    for fields in ({"num_codes": 3}, {"ema_deca": 0.5}):  # in Python, reading leaves no lenience behind
+        with pytest.raises(ValueError, match=f"has no field '{next(iter(fields))}'"):
+            VQGANConfig(**fields)
 
 
 @pytest.mark.parametrize(
