@@ -17,7 +17,7 @@ from typing import Any
 
 import datasets
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler, default_collate
 from torchvision.transforms import v2
@@ -240,7 +240,9 @@ def decode_image(entry: dict | None, place: str = "image without a file name") -
                 return to_rgb(image)
     except Exception as error:  # PIL raises OSError, SyntaxError, ValueError, struct.error, DecompressionBombError, ...
         name = image_name(entry, place)
-        raise UnreadableImage(f"{name}: {error or type(error).__name__}", name) from error
+        # PIL would repeat the name, or give the address of the bytes
+        reason = "not an image" if isinstance(error, UnidentifiedImageError) else error or type(error).__name__
+        raise UnreadableImage(f"{name}: {reason}", name) from error
 
 
 def image_name(entry: dict | None, place: str) -> str:
@@ -250,7 +252,10 @@ def image_name(entry: dict | None, place: str) -> str:
 
 
 def row_of(images: datasets.Dataset, item: int) -> str:
-    """Where an item was in the dataset as it was loaded: before it was shuffled, or others were held out."""
+    """
+    Where an item was in the dataset before it was shuffled, or others were held out; but `datasets` counts a part that
+    is all in one piece from 0.
+    """
     moved = images._indices
     return f"row {item if moved is None else moved.column(0)[item].as_py()}"
 
