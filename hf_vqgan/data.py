@@ -9,6 +9,7 @@ import os
 import random
 import signal
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,12 +17,12 @@ from typing import Any
 
 import datasets
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Sampler, default_collate
 from torchvision.transforms import v2
 
-from .image_processing_vqgan import crop_to_multiple, to_rgb
+from .image_processing_vqgan import check_aspect_ratio, crop_to_multiple, to_rgb
 
 logger = logging.getLogger(__name__)
 
@@ -203,23 +204,60 @@ def only_image_column(
     return dataset if image_column == "image" else dataset.rename_column(image_column, "image")
 
 
-class UnreadableImage(Exception):
-    """An entry of the dataset that PIL cannot decode."""
-
-
-def decode_image(entry: dict) -> Image.Image:
+class UnreadableImage(ValueError):
     """
-    `{"bytes": ..., "path": ...}`, as `datasets` stores undecoded images, to 8-bit RGB.
+    An entry of a dataset that is no image, or none that can be used; the message says which and why.
+
+    Args:
+        name (`str`, *optional*): The entry's own name; see `image_name`.
+    """
+
+    def __init__(self, message: str, name: str | None = None):
+        super().__init__(message)
+        self.name = name
+
+
+def decode_image(entry: dict | None, place: str = "image without a file name") -> Image.Image:
+    """
+    `{"bytes": ..., "path": ...}`, as `datasets` stores undecoded images, to upright 8-bit RGB
+    ([`~image_processing_vqgan.to_rgb`]); of an animation or a file of several pages, the first.
+
+    Every reader of datasets decodes here. Size and aspect ratio are checked before pixels are unpacked, so a small file
+    cannot ask for much memory: PIL's limit is 2 * `PIL.Image.MAX_IMAGE_PIXELS`, 179 million pixels.
+
+    Args:
+        place (`str`): Where in the dataset the entry is, for the message.
 
     Raises:
-        UnreadableImage: whatever PIL raises on a broken file, with the file's name.
+        UnreadableImage: whatever is wrong with the file, with its name and place.
     """
     try:
         source = io.BytesIO(entry["bytes"]) if entry["bytes"] is not None else entry["path"]
-        with Image.open(source) as image:
-            return to_rgb(image)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of PIL, about metadata, and sizes that are large but within its limit
+            with Image.open(source) as image:
+                check_aspect_ratio(*image.size)
+                return to_rgb(image)
     except Exception as error:  # PIL raises OSError, SyntaxError, ValueError, struct.error, DecompressionBombError, ...
-        raise UnreadableImage(f"{(entry or {}).get('path') or 'image without a path'}: {error}") from error
+        name = image_name(entry, place)
+        # PIL would repeat the name, or give the address of the bytes
+        reason = "not an image" if isinstance(error, UnidentifiedImageError) else error or type(error).__name__
+        raise UnreadableImage(f"{name}: {reason}", name) from error
+
+
+def image_name(entry: dict | None, place: str) -> str:
+    """The entry's file, if it has a name, and its place in the dataset, which tells files of one name apart."""
+    path = (entry or {}).get("path")
+    return f"{path} ({place})" if path else place
+
+
+def row_of(images: datasets.Dataset, item: int) -> str:
+    """
+    Where an item was in the dataset before it was shuffled, or others were held out; but `datasets` counts a part that
+    is all in one piece from 0.
+    """
+    moved = images._indices
+    return f"row {item if moved is None else moved.column(0)[item].as_py()}"
 
 
 @dataclass
@@ -277,11 +315,13 @@ class TrainingImages(torch.utils.data.Dataset):
     Sample numbers count on across epochs (`shuffled_epochs`): n // len(self) is the epoch, n % len(self) the item, so
     neither the number of processes and workers nor an interruption changes what is seen.
 
-    Items are `{"pixel_values", "unreadable", "upscaled"}`. In an unreadable image's place comes the next readable one,
-    and `unreadable` is 1: over an epoch, it adds up to the unreadable images (times `crops_per_image`). An image
-    smaller than the crop is enlarged, and `upscaled` is 1.
+    Items are `{"pixel_values", "row", "unreadable", "skipped", "upscaled"}`. In an unreadable image's place comes the
+    next readable one, and `unreadable` is 1: over an epoch, it adds up to the unreadable images (times
+    `crops_per_image`). `skipped` has the name of each image passed over, one image one name, and what is wrong with it;
+    `row` is the number of the image shown. An image smaller than the crop is enlarged, and `upscaled` is 1.
 
     Args:
+        name (`str`): In names of images, tells this set from others.
         crops_per_image (`int`): Items per image and epoch: small sets of large images are worth several crops.
         cache_bytes (`int`): Keep up to this many bytes of decoded and scaled images, per data-loading process.
     """
@@ -293,11 +333,12 @@ class TrainingImages(torch.utils.data.Dataset):
         seed: int = 0,
         crops_per_image: int = 1,
         cache_bytes: int = 2**28,
+        name: str = "",
     ):
+        self.name = name
         self.images, self.transform, self.seed, self.crops_per_image = images, transform, seed, crops_per_image
         self.cache: dict[int, tuple[Tensor, bool]] = {}
         self.cache_room = cache_bytes
-        self.reported: set[str] = set()
 
     def __len__(self) -> int:
         return len(self.images) * self.crops_per_image
@@ -317,33 +358,31 @@ class TrainingImages(torch.utils.data.Dataset):
 
     def __getitem__(self, number: int) -> dict[str, Any]:
         first = number % len(self) // self.crops_per_image
-        for skipped in range(len(self.images)):
+        skipped: dict[str, str] = {}
+        for offset in range(len(self.images)):
+            row = (first + offset) % len(self.images)
             try:
-                pixels, upscaled = self._scaled((first + skipped) % len(self.images))
+                pixels, upscaled = self._scaled(row)
             except UnreadableImage as error:
-                report_once(error, self.reported)
+                skipped[error.name] = str(error)
                 continue
             crop = self.transform.crop(pixels, random.Random(f"{self.seed} {number}"))
-            return {"pixel_values": crop, "unreadable": int(skipped > 0), "upscaled": int(upscaled)}
-        raise UnreadableImage(f"not one of the {len(self.images)} training images can be read.")
+            counts = {"unreadable": int(bool(skipped)), "upscaled": int(upscaled)}
+            return {"pixel_values": crop, "row": row, "skipped": skipped, **counts}
+        raise UnreadableImage(
+            f"not one of the {len(self.images)} training images can be read; {next(iter(skipped.values()))}"
+        )
 
-    def _scaled(self, item: int) -> tuple[Tensor, bool]:
+    def _scaled(self, row: int) -> tuple[Tensor, bool]:
         """The decoded image at its working size, and whether it had to be enlarged for the crop."""
-        if item in self.cache:
-            return self.cache[item]
-        image = decode_image(self.images[item]["image"])
+        if row in self.cache:
+            return self.cache[row]
+        image = decode_image(self.images[row]["image"], self.name + row_of(self.images, row))
         scaled = self.transform.scale(image), min(image.size) < self.transform.resolution
         if scaled[0].nbytes <= self.cache_room:
-            self.cache[item] = scaled
+            self.cache[row] = scaled
             self.cache_room -= scaled[0].nbytes
         return scaled
-
-
-def report_once(error: UnreadableImage, reported: set[str]) -> None:
-    """Warn of an image the first time, not once an epoch."""
-    if str(error) not in reported:
-        reported.add(str(error))
-        logger.warning("skipped an unreadable image: %s", error)
 
 
 class Mixture:
@@ -425,7 +464,10 @@ def map_style_images(
     """One training set of several: mixed by weight, or with `weights=None` all together, every image once an epoch."""
     if weights is None:
         return TrainingImages(datasets.concatenate_datasets(sources), transform, seed, crops_per_image)
-    images = [TrainingImages(source, transform, seed + n, crops_per_image) for n, source in enumerate(sources)]
+    images = [
+        TrainingImages(source, transform, seed + n, crops_per_image, name=f"dataset {n + 1}, ")
+        for n, source in enumerate(sources)
+    ]
     return MixedImages(images, weights, seed)
 
 
@@ -488,7 +530,8 @@ def load_batches(
     pin_memory: bool = False,
 ) -> Iterator[dict[str, Tensor]]:
     """
-    One process's batches of a training set, on the CPU: `pixel_values` `(B, 3, H, W)`, `unreadable` `(B,)`, `upscaled`.
+    One process's batches of a training set, on the CPU: `pixel_values` `(B, 3, H, W)`, `unreadable` and `upscaled`
+    `(B,)`, and `skipped`, a dict from the names of unreadable images to what is wrong with them.
 
     Batch number b holds the samples b * batch_size to (b + 1) * batch_size - 1 of one sequence, the same for any
     number of processes; process `rank` loads the batches with b % world_size == rank. So n processes with batches of B
@@ -498,28 +541,72 @@ def load_batches(
         dataset ([`TrainingImages`], [`MixedImages`] or [`StreamedImages`]): The training set.
         start, stop (`int`): Batch numbers, of all processes together, at which to start and before which to stop.
         num_workers (`int`): Processes that decode. They change nothing about the batches.
+
+    Raises:
+        UnreadableImage: where there is no readable image to take an unreadable one's place.
     """
     loader = DataLoader(
-        dataset,
+        _Batches(dataset),
+        collate_fn=_as_is,
         batch_sampler=dataset.batch_keys(batch_size, start, stop, rank, world_size),
         num_workers=num_workers,
         pin_memory=pin_memory,
         worker_init_fn=_outlive_notices,
         generator=torch.Generator(),  # the loader draws a number: not from the run's generator, which is checkpointed
     )
-    return iter(loader)
+    return _raising(iter(loader))
+
+
+class _Batches(torch.utils.data.Dataset):
+    """
+    Whole batches of a training set, or the `UnreadableImage` that prevents one. Returned, not raised: from a worker,
+    PyTorch would pass it on with the worker's traceback for its message.
+    """
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def __getitems__(self, keys: list) -> dict[str, Any] | UnreadableImage:
+        try:
+            if hasattr(self.dataset, "__getitems__"):
+                samples = self.dataset.__getitems__(keys)
+            else:
+                samples = [self.dataset[key] for key in keys]
+        except UnreadableImage as error:
+            return error
+        skipped = {name: reason for sample in samples for name, reason in sample.pop("skipped").items()}
+        return default_collate(samples) | {"skipped": skipped}
+
+
+def _as_is(batch):
+    return batch
+
+
+def _raising(batches: Iterator) -> Iterator[dict[str, Any]]:
+    for batch in batches:
+        if isinstance(batch, UnreadableImage):
+            raise batch
+        yield batch
 
 
 def _outlive_notices(worker: int) -> None:
     """A cluster's notice goes to all processes of a job: training still needs its workers until it has saved."""
-    for notice in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(notice, signal.SIG_IGN)
+    for name in ("SIGTERM", "SIGUSR1"):
+        if hasattr(signal, name):  # Windows has no SIGUSR1
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+
+
+def available_cores() -> int:
+    """The cores this process may use, where the system says so (Linux), else all there are (macOS, Windows)."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def default_num_workers() -> int:
     """Every core of this process's share but one, at most 8."""
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return max(0, min(8, len(os.sched_getaffinity(0)) // processes - 1))
+    return max(0, min(8, available_cores() // processes - 1))
 
 
 class WaitClock:
@@ -562,9 +649,12 @@ class ValidationImages(torch.utils.data.Dataset):
         self.images, self.transform, self.whole, self.size_divisor = images, transform, whole, size_divisor
         self.readable = [item for item in range(len(images)) if self._is_readable(item)]
 
+    def _decode(self, item: int) -> Image.Image:
+        return decode_image(self.images[item]["image"], row_of(self.images, item))
+
     def _is_readable(self, item: int) -> bool:
         try:
-            decode_image(self.images[item]["image"])
+            self._decode(item)
         except UnreadableImage as error:
             logger.warning("left out an unreadable validation image: %s", error)
             return False
@@ -576,7 +666,7 @@ class ValidationImages(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> Tensor:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        pixels = self.transform.scale(decode_image(self.images[self.readable[index]]["image"]))
+        pixels = self.transform.scale(self._decode(self.readable[index]))
         if self.whole:
             return to_pixel_values(crop_to_multiple(pixels, self.size_divisor))
         return to_pixel_values(v2.functional.center_crop(pixels, [self.transform.resolution] * 2))

@@ -31,7 +31,15 @@ from tqdm.auto import tqdm
 
 from .autoencoders import Autoencoder, load_autoencoder
 from .configuration_training import check_values, option
-from .data import ImageTransform, UnreadableImage, decode_image, find_image_column, load_splits, to_pixel_values
+from .data import (
+    ImageTransform,
+    UnreadableImage,
+    decode_image,
+    find_image_column,
+    load_splits,
+    row_of,
+    to_pixel_values,
+)
 from .frechet import CLASSES, FeatureMoments, InceptionFeatures, frechet_distance, inception_score, to_bytes
 from .image_codecs import CODECS, encode_near
 from .latent_dataset import weights_sha256
@@ -162,7 +170,7 @@ class EvaluationImages(torch.utils.data.Dataset):
 
     def __getitem__(self, item: int) -> dict:
         try:
-            image = decode_image(self.images[item][self.column])
+            image = decode_image(self.images[item][self.column], row_of(self.images, item))
         except UnreadableImage as error:
             return {"item": item, "error": str(error)}
         resolution = self.transform.resolution

@@ -111,7 +111,7 @@ def encode_dataset(model_name: str, dataset_name: str, out: str | Path, config: 
         rows = _shard_rows(splits[split], number, config)
         column = find_image_column(rows, dataset_name, config.image_column)
         with accelerator.autocast():
-            encoded = _encode_rows(model, rows, column, transform, config, progress)
+            encoded = _encode_rows(model, rows, column, transform, config, progress, number * config.shard_size)
         file = _shard_file(out, split, number, count)
         temporary = file.with_name(f".{file.name}.tmp")
         encoded.to_parquet(temporary)
@@ -188,10 +188,12 @@ def _encode_rows(
     transform: ImageTransform,
     config: EncodingConfig,
     progress: tqdm,
+    start: int,
 ) -> datasets.Dataset:
+    """`rows`, of which the first is row number `start` of the split, with codes and latents in place of the images."""
     readable: list[int] = []
     made: dict[str, list[np.ndarray]] = {name: [] for name in config.what}
-    for batch in _batches(rows, column, transform, config.batch_size, readable, progress):
+    for batch in _batches(rows, column, transform, config.batch_size, readable, progress, start):
         latents = model.encode(batch.to(model.device)).latents
         if "latents" in made:
             made["latents"].append(latents.float().cpu().numpy().astype(config.latents_dtype))
@@ -214,7 +216,13 @@ def _encode_rows(
 
 
 def _batches(
-    rows: datasets.Dataset, column: str, transform: ImageTransform, size: int, readable: list[int], progress: tqdm
+    rows: datasets.Dataset,
+    column: str,
+    transform: ImageTransform,
+    size: int,
+    readable: list[int],
+    progress: tqdm,
+    start: int,
 ) -> Iterator[Tensor]:
     """Central squares `(B, 3, resolution, resolution)` in [-1, 1]; numbers of readable rows go to `readable`."""
     waiting: list[Tensor] = []
@@ -222,7 +230,7 @@ def _batches(
     for number in range(len(images)):
         progress.update()
         try:
-            pixels = transform.scale(decode_image(images[number][column]))
+            pixels = transform.scale(decode_image(images[number][column], f"row {start + number}"))
         except UnreadableImage as error:
             logger.warning("left out an unreadable image: %s", error)
             continue

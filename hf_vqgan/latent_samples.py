@@ -1,5 +1,6 @@
 """Rows of a dataset, of images or of what `encode_dataset.py` made of them, as the latents a diffusion model learns."""
 
+import logging
 import math
 
 import datasets
@@ -13,6 +14,8 @@ from tqdm.auto import tqdm
 from .data import ImageTransform, TrainingImages, find_image_column
 from .metrics import gather_rows
 from .modeling_vqgan import VQGANModel
+
+logger = logging.getLogger(__name__)
 
 
 class LatentSamples(Dataset):
@@ -44,6 +47,7 @@ class LatentSamples(Dataset):
         self.kind = next((name for name in ("latents", "indices") if name in rows.column_names), "pixel_values")
         self.classes: dict[int, str] = {}
         self.labels: list[int] | None = None
+        self.reported: set[str] = set()  # unreadable images
         if class_column is not None:
             self.labels, self.classes = _read_classes(rows, class_column)
         # Whether a row is the same in every epoch.
@@ -62,7 +66,11 @@ class LatentSamples(Dataset):
         row = number % len(self)
         # TrainingImages counts epochs itself, and puts the next readable image in an unreadable one's place.
         item = self.items[number if self.kind == "pixel_values" else row]
-        row = (row + item.get("unreadable", 0)) % len(self)
+        row = item.get("row", row)
+        for name, reason in item.get("skipped", {}).items():
+            if name not in self.reported:
+                logger.warning("skipped an unreadable image: %s", reason)
+                self.reported.add(name)
         label = self.labels[row] if self.labels is not None else 0
         return {"number": number, "label": label, self.kind: item[self.kind]}
 

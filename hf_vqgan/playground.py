@@ -125,7 +125,7 @@ def fit_image(model: VQGANModel, image: Image.Image, longest_side: int) -> Tenso
     Raises:
         ValueError: if a side is then shorter than f.
     """
-    image = upright(image)
+    image = to_rgb(image)
     image.thumbnail((longest_side, longest_side), Image.Resampling.LANCZOS)
     factor = model.config.downsample_factor
     processor = VQGANImageProcessor(do_resize=False, do_center_crop=False, size_divisor=factor)
@@ -135,13 +135,8 @@ def fit_image(model: VQGANModel, image: Image.Image, longest_side: int) -> Tenso
 def fit_pair(model: VQGANModel, start: Image.Image, end: Image.Image, longest_side: int) -> Tensor:
     """`(2, 3, H, W)` in [-1, 1]: both images, the second scaled and cut to the shape of the first."""
     first = fit_image(model, start, longest_side)
-    second = ImageOps.fit(upright(end), (first.shape[3], first.shape[2]), Image.Resampling.LANCZOS)
+    second = ImageOps.fit(to_rgb(end), (first.shape[3], first.shape[2]), Image.Resampling.LANCZOS)
     return torch.cat([first, fit_image(model, second, longest_side)])
-
-
-def upright(image: Image.Image) -> Image.Image:
-    """A copy in 8-bit RGB, turned as its camera says."""
-    return to_rgb(ImageOps.exif_transpose(image))
 
 
 def magnification(pixels: Tensor, longest_side: int) -> int:

@@ -237,7 +237,7 @@ def write_manifest(folder: Path) -> None:
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     manifest = {}
     for path in files:
-        with open(path, "rb") as file:
+        with open(path, "r+b") as file:  # Windows syncs only what may be written
             os.fsync(file.fileno())
         manifest[str(path.relative_to(folder))] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
     write_text(folder / MANIFEST_FILE, json.dumps(manifest, indent=2) + "\n")

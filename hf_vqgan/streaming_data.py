@@ -7,12 +7,12 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from typing import Any
 
 import datasets
 import fsspec
 import torch
 from accelerate.utils import gather_object
-from torch import Tensor
 
 from .data import (
     ImageTransform,
@@ -23,7 +23,6 @@ from .data import (
     find_validation_split,
     load_splits,
     only_image_column,
-    report_once,
 )
 
 logger = logging.getLogger(__name__)
@@ -160,8 +159,12 @@ class ShuffledShards:
         self.shards, self.seed, self.buffer_size, self.lengths = shards, seed, buffer_size, lengths
 
     def read(self, start: int = 0) -> Iterator[dict]:
+        """The images from the `start`-th on, without end; exactly what follows if one reads from 0. See `tickets`."""
+        return (ticket.record for ticket in self.tickets(start))
+
+    def tickets(self, start: int = 0) -> Iterator[_Ticket]:
         """
-        The images from the `start`-th on, without end; exactly what follows if one reads from 0.
+        The same with their places: shard and row.
 
         Finding the place costs about a microsecond per image of the pass, and reading again, undecoded: what waits in
         the buffer, and shards whose lengths are not known. If these are all (the first pass, or `lengths` were lost),
@@ -171,11 +174,11 @@ class ShuffledShards:
             number, offset = 0, start
             if len(self.lengths) == len(self.shards):
                 number, offset = divmod(start, sum(self.lengths.values()))
-            for record in self._one_pass(number, offset):
-                yield record
+            for ticket in self._one_pass(number, offset):
+                yield ticket
                 start += 1
 
-    def _one_pass(self, number: int, offset: int) -> Iterator[dict]:
+    def _one_pass(self, number: int, offset: int) -> Iterator[_Ticket]:
         rng = random.Random(f"{self.seed} {number}")
         order = rng.sample(range(len(self.shards)), len(self.shards))
         buffer: list[_Ticket] = []
@@ -184,7 +187,7 @@ class ShuffledShards:
             if place >= offset:
                 if ticket.record is None:
                     self._fill([ticket, *buffer])
-                yield ticket.record
+                yield ticket
 
     def _tickets(self, order: list[int], unread: int) -> Iterator[_Ticket]:
         """One per image in the shards' order; of the first `unread`, those in shards of known length are not read."""
@@ -233,7 +236,8 @@ class StreamedImages(torch.utils.data.Dataset):
     Sample number n is the n-th image of the stream, cropped with random numbers from (seed, n). A pass ends in the
     middle of a batch if it must, and the next one goes on there: no image is dropped or repeated. Each training process
     reads the stream, undecoded, in a thread, and hands the images of its own batches to the workers, which decode. An
-    unreadable image is replaced by the first readable of the `SPARES` that follow it, and counted.
+    unreadable image is replaced by the first readable of the `SPARES` that follow it, counted, and named by its shard
+    and row.
 
     With `shard_groups` G > 1, the shards are dealt out to G groups (as `datasets.distributed.split_dataset_by_node`
     does), each a stream of its own, and batch number b comes from group b % G. If G is a multiple of the number of
@@ -268,7 +272,6 @@ class StreamedImages(torch.utils.data.Dataset):
         self.sources, self.transform, self.seed, self.weights = sources, transform, seed, weights
         self.buffer_size, self.shard_groups = buffer_size, shard_groups
         self.lengths: list[list[dict[int, int]]] = [[{} for _ in range(shard_groups)] for _ in sources]
-        self.reported: set[str] = set()
 
     def describe(self) -> str:
         shards = " + ".join(str(len(shards)) for shards in self.sources)
@@ -292,14 +295,15 @@ class StreamedImages(torch.utils.data.Dataset):
 
     def batch_keys(
         self, batch_size: int, start: int = 0, stop: int | None = None, rank: int = 0, world_size: int = 1
-    ) -> Iterator[list[tuple[int, dict]]]:
+    ) -> Iterator[list[tuple[int, str, dict]]]:
         """
-        The batches that `load_batches` describes, as `batch_size` + `SPARES` pairs (sample number, undecoded image).
+        The batches that `load_batches` describes, as `batch_size` + `SPARES` triples (sample number, place in the
+        stream, undecoded image).
         """
         return read_ahead(self._batch_keys(batch_size, start, stop, rank, world_size))
 
     def _batch_keys(self, batch_size: int, start: int, stop: int | None, rank: int, world_size: int):
-        groups: dict[int, Iterator[list[dict]]] = {}
+        groups: dict[int, Iterator[list[tuple[str, dict]]]] = {}
         for number in itertools.count(start) if stop is None else range(start, stop):
             turn, group = divmod(number, self.shard_groups)
             mine = number % world_size == rank
@@ -309,37 +313,43 @@ class StreamedImages(torch.utils.data.Dataset):
                 groups[group] = _windows(self._records(group, turn * batch_size), batch_size)
             records = next(groups[group])
             if mine:
-                yield list(enumerate(records, number * batch_size))
+                first = number * batch_size
+                yield [(sample, place, record) for sample, (place, record) in enumerate(records, first)]
 
-    def _records(self, group: int, start: int) -> Iterator[dict]:
-        """The undecoded images of a group from the `start`-th on."""
+    def _records(self, group: int, start: int) -> Iterator[tuple[str, dict]]:
+        """The undecoded images of a group from the `start`-th on, each with its place."""
 
-        def read(source: int, start: int) -> Iterator[dict]:
+        def read(source: int, start: int) -> Iterator[tuple[str, dict]]:
             shards = self.sources[source][group :: self.shard_groups]
             name = f"shards {self.seed} {source} {group}"
-            return ShuffledShards(shards, name, self.buffer_size, self.lengths[source][group]).read(start)
+            dataset = "" if self.weights is None else f"dataset {source + 1}, "
+            for ticket in ShuffledShards(shards, name, self.buffer_size, self.lengths[source][group]).tickets(start):
+                shard, row = group + ticket.shard * self.shard_groups, shards[ticket.shard].skip + ticket.row
+                yield f"{dataset}shard {shard}, row {row}", ticket.record
 
         if self.weights is None:
             return read(0, start)
         mixture = Mixture(self.weights, self.seed * 1_000_003 + group)
         return (record for _, record in mixture.draw(start, read))
 
-    def __getitems__(self, keys: list[tuple[int, dict]]) -> list[dict[str, Tensor | int]]:
+    def __getitems__(self, keys: list[tuple[int, str, dict]]) -> list[dict[str, Any]]:
         """The samples of a batch from `batch_keys`."""
         return [self._sample(keys[place : place + SPARES + 1]) for place in range(len(keys) - SPARES)]
 
-    def _sample(self, candidates: list[tuple[int, dict]]) -> dict[str, Tensor | int]:
+    def _sample(self, candidates: list[tuple[int, str, dict]]) -> dict[str, Any]:
         rng = random.Random(f"{self.seed} {candidates[0][0]}")
-        for skipped, (_, record) in enumerate(candidates):
+        skipped: dict[str, str] = {}
+        for _, place, record in candidates:
             try:
-                image = decode_image(record)
+                image = decode_image(record, place)
             except UnreadableImage as error:
-                report_once(error, self.reported)
+                skipped[error.name] = str(error)
                 continue
             crop = self.transform.crop(self.transform.scale(image), rng)
-            upscaled = int(min(image.size) < self.transform.resolution)
-            return {"pixel_values": crop, "unreadable": int(skipped > 0), "upscaled": upscaled}
-        raise UnreadableImage(f"{len(candidates)} training images in a row cannot be read.")
+            counts = {"unreadable": int(bool(skipped)), "upscaled": int(min(image.size) < self.transform.resolution)}
+            return {"pixel_values": crop, "skipped": skipped, **counts}
+        first = next(iter(skipped.values()))
+        raise UnreadableImage(f"{len(candidates)} training images in a row cannot be read, the first of them {first}")
 
 
 def _windows(records: Iterator[dict], batch_size: int) -> Iterator[list[dict]]:

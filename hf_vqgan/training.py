@@ -4,18 +4,19 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import itertools
 import logging
 import math
 import os
 import signal
 import threading
 import time
-from collections.abc import Generator
+from collections.abc import Collection, Generator
 from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType
-from accelerate.utils import send_to_device, set_seed
+from accelerate.utils import gather_object, send_to_device, set_seed
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
@@ -29,6 +30,7 @@ from .data import (
     TrainingImages,
     ValidationImages,
     WaitClock,
+    available_cores,
     default_num_workers,
     load_batches,
     load_image_datasets,
@@ -49,7 +51,9 @@ from .training_step import StepOutput, TrainState, initialize_codebook, training
 
 logger = logging.getLogger(__name__)
 
-Batches = Generator[dict[str, Tensor], None, None]
+Batches = Generator[dict[str, Any], None, None]
+
+NAMED_IMAGES = 10  # of the unreadable ones, how many are named; all are counted
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What ends a run early
@@ -197,7 +201,7 @@ def train(config: VQGANTrainingConfig, model_config: VQGANConfig, dry_run: bool 
     with PreemptionNotice(accelerator) as notice, contextlib.closing(loader):
         metrics = run_steps(state, run, dataset, WaitClock(loader), validation, metric, notice)
     if state.unreadable or state.upscaled:
-        accelerator.print(f"Over all epochs: {state.unreadable} unreadable images skipped, {state.upscaled} enlarged.")
+        accelerator.print(describe_bad_images(state))
     if config.report_to:
         accelerator.end_training()
     return metrics
@@ -599,19 +603,30 @@ def share_cpu_threads(config, accelerator: Accelerator) -> None:
         torch.set_num_threads(config.cpu_threads)
     elif accelerator.device.type == "cpu":
         local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_processes))
+        torch.set_num_threads(max(1, available_cores() // local_processes))
 
 
 def count_bad_images(state: TrainState, micro_batches: list[dict], global_batch: int) -> None:
-    """Count unreadable and enlarged images over all processes.
+    """
+    Count samples from unreadable and from enlarged images over all processes, and name each unreadable image once.
 
     Raises:
-        ValueError: once more than `max_unreadable_share` of at least 100 (or one batch of) images were unreadable.
+        ValueError: once the images of more than `max_unreadable_share` of the samples, of at least 100 or one batch,
+            were unreadable.
     """
-    config = state.config
+    config, main = state.config, state.accelerator.is_main_process
+    met = {name: reason for batch in micro_batches for name, reason in batch["skipped"].items()}
+    new = [(name, reason) for name, reason in met.items() if name not in state.unreadable_images]
     counts = sum(torch.stack([batch["unreadable"].sum(), batch["upscaled"].sum()]) for batch in micro_batches)
-    unreadable, upscaled = state.accelerator.reduce(counts, "sum").tolist()
-    if upscaled and not state.upscaled:
+    counts = torch.cat([counts, counts.new_tensor([len(new)])])
+    unreadable, upscaled, anywhere_new = state.accelerator.reduce(counts, "sum").tolist()
+    if anywhere_new:  # in all processes or in none, as all must gather together
+        for name, reason in gather_object(new):
+            named = len(state.unreadable_images)
+            if main and name not in state.unreadable_images and named < NAMED_IMAGES:
+                logger.warning("skipped an unreadable image: %s", reason)
+            state.unreadable_images[name] = None
+    if upscaled and not state.upscaled and main:
         logger.warning("Some images are smaller than resolution=%d and are enlarged.", config.resolution)
     state.unreadable += unreadable
     state.upscaled += upscaled
@@ -619,8 +634,26 @@ def count_bad_images(state: TrainState, micro_batches: list[dict], global_batch:
     if seen >= 100 and state.unreadable > config.max_unreadable_share * seen:
         raise ValueError(
             f"{state.unreadable} of {seen} training images could not be read, more than "
-            f"max_unreadable_share={config.max_unreadable_share}. Repair the dataset, or raise the share."
+            f"max_unreadable_share={config.max_unreadable_share}: {name_some(state.unreadable_images)}. Repair the "
+            "dataset, or raise the share."
         )
+
+
+def name_some(names: Collection[str]) -> str:
+    """The first few of the names, and how many more there are."""
+    more = len(names) - NAMED_IMAGES
+    return ", ".join(itertools.islice(names, NAMED_IMAGES)) + (f" and {more:,} more" if more > 0 else "")
+
+
+def describe_bad_images(state: TrainState) -> str:
+    """One line about the whole run."""
+    parts = []
+    if state.unreadable:
+        images = f"{len(state.unreadable_images):,} unreadable image(s): {name_some(state.unreadable_images)}"
+        parts.append(f"{images}; replaced in {state.unreadable:,} training sample(s)")
+    if state.upscaled:
+        parts.append(f"{state.upscaled:,} training sample(s) from enlarged images")
+    return "Over all epochs: " + "; ".join(parts) + "."
 
 
 def describe_plan(state: TrainState, dataset, validation: ValidationImages, global_batch: int) -> str:
@@ -681,7 +714,7 @@ def validate(state: TrainState, validation: ValidationImages, metric: LPIPS, run
         "steps": state.step,
         "seconds": round(state.seconds, 1),
         "nonfinite_steps": state.nonfinite_steps,
-        "unreadable_images": state.unreadable,
+        "unreadable_images": len(state.unreadable_images),
         "upscaled_images": state.upscaled,
         "measured_on": {
             "psnr, ssim, lpips, l1, validation_*": f"{len(validation)} validation image(s) of {config.dataset_name} "
@@ -689,6 +722,8 @@ def validate(state: TrainState, validation: ValidationImages, metric: LPIPS, run
             "perplexity, usage": f"codes of the training crops of the last {report.window_steps} steps "
             f"({report.positions:,} positions); usage is the share of codes hit at least once",
             "seconds": "training loop with validation, without set-up",
+            "unreadable_images": "different training images that could not be read",
+            "upscaled_images": "training samples, over all epochs, from images that had to be enlarged",
         },
     }
     if state.latents is not None:

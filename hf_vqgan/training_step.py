@@ -57,8 +57,9 @@ class TrainState:
     nonfinite_steps: int = 0  # of these, skipped
     nonfinite_in_a_row: int = 0
     seconds: float = 0.0  # of training, over all interruptions
-    unreadable: int = 0
-    upscaled: int = 0
+    unreadable: int = 0  # training samples whose own image could not be read, over all epochs
+    unreadable_images: dict[str, None] = field(default_factory=dict)  # the names of these images, each once
+    upscaled: int = 0  # training samples from images that had to be enlarged
     warned_of_codebook: bool = False
     warned_of_discriminator: bool = False
     latents: LatentStatistics | None = None  # measured when training is over
@@ -120,8 +121,8 @@ class TrainState:
             weights["disc_r1"] = self.config.r1_weight / 2 * self.config.r1_interval
         return weights
 
-    COUNTERS = ("step", "nonfinite_steps", "nonfinite_in_a_row", "seconds", "unreadable", "upscaled",
-                "warned_of_codebook", "warned_of_discriminator", "lecam_anchors")  # fmt: skip
+    COUNTERS = ("step", "nonfinite_steps", "nonfinite_in_a_row", "seconds", "unreadable", "unreadable_images",
+                "upscaled", "warned_of_codebook", "warned_of_discriminator", "lecam_anchors")  # fmt: skip
 
     def state_dict(self) -> dict:
         counters = {name: getattr(self, name) for name in self.COUNTERS}

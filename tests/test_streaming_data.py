@@ -19,6 +19,8 @@ PLAIN = ImageTransform(16, random_flip=False)
 class Numbers:
     """A shard whose rows are numbers, and which counts how many were read."""
 
+    skip = 0
+
     def __init__(self, rows):
         self.rows, self.reads = rows, 0
 
