@@ -248,7 +248,7 @@ class VQGANConfig(PreTrainedConfig):
         if self.sample_size % self.downsample_factor:
             raise ValueError(
                 f"sample_size={self.sample_size} must be a multiple of {self.downsample_factor}, the downsampling "
-                f"factor of {levels} levels."
+                f"factor of block_out_channels={self.block_out_channels}."
             )
         if self.backbone == "maskgit" and self.vq_embed_dim != self.latent_channels:
             raise ValueError(
@@ -277,7 +277,7 @@ class VQGANConfig(PreTrainedConfig):
             )
         if self.num_used_codes > codes or (self.num_used_codes and kind not in ("vq", "vq_ema")):
             raise ValueError(
-                f"num_used_codes={self.num_used_codes} must be in [0, {codes}], the codebook's size, and is for "
+                f"num_used_codes={self.num_used_codes} must be in [0, {codes}], num_vq_embeddings, and is for "
                 f"quantizer='vq' or 'vq_ema', not for {kind!r}."
             )
         composite = kind in COMPOSITE
@@ -301,7 +301,8 @@ class VQGANConfig(PreTrainedConfig):
             raise ValueError(f"vq_embed_dim={dim} is not a multiple of num_codebooks={self.num_codebooks}.")
         if kind == "residual" and self.codebook_l2_norm:
             raise ValueError(
-                "codebook_l2_norm=True: unit codes cannot shrink a residual. Use 'grouped', or turn it off."
+                "codebook_l2_norm=True with quantizer='residual': unit codes cannot shrink a residual. Use 'grouped', "
+                "or turn it off."
             )
 
     @property

@@ -579,12 +579,13 @@ def measure_scale(state: TrainState, dataset, batch_size: int = 16) -> None:
 
     with contextlib.closing(batches):
         found = measure_latents(state.vqgan, load, len(sizes))
-    if not found.std > 1e-6 * abs(found.mean):  # below that is rounding; nor is NaN
-        logger.warning(
-            "the latents of %d training crops are constant or not finite (mean %g, standard deviation %g): the encoder "
-            "has collapsed. scaling_factor=%g and shift_factor=%g stay as they were.",
-            *(found.num_images, found.mean, found.std, config.scaling_factor, config.shift_factor),
-        )
+    if not found.std > 1e-6 * abs(found.mean):  # smaller is rounding; NaN is not larger
+        if state.accelerator.is_main_process:
+            logger.warning(
+                "the latents of %d training crops are constant or not finite (mean %g, standard deviation %g): the "
+                "encoder has collapsed. scaling_factor=%g and shift_factor=%g stay as they were.",
+                *(found.num_images, found.mean, found.std, config.scaling_factor, config.shift_factor),
+            )
         return
     state.latents = found
     config.scaling_factor, config.shift_factor = 1 / found.std, found.mean

@@ -286,13 +286,13 @@ def test_threads_share_the_precision():
     def other():
         with exact_products():
             inside.set()
-            leave.wait()
+            leave.wait(timeout=60)
 
     torch.set_float32_matmul_precision("high")
     try:
         thread = threading.Thread(target=other)
         thread.start()
-        inside.wait()
+        assert inside.wait(timeout=60)
         with exact_products():
             leave.set()
             thread.join()
