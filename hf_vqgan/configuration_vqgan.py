@@ -4,9 +4,9 @@ import contextlib
 import difflib
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
-from dataclasses import fields
+from dataclasses import field, fields
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -31,13 +31,37 @@ LIBRARY_KEYS = frozenset(
     }
 )
 
+LARGEST = 2**62  # of any number: numbers of codes are 64-bit integers
+
+# Quantizers by what they have
+NEAREST = ("vq", "vq_ema", "simvq")  # a codebook, of which the nearest code is taken
+CODEBOOK = (*NEAREST, "ibq")
+BITS = ("lfq", "bsq")
+COMPOSITE = ("residual", "grouped")  # what their `base_quantizer` has
+BUILT_IN = (*CODEBOOK, "gumbel", "fsq", *BITS, *COMPOSITE)
+
+# Of diffusers
+DOWN_BLOCKS = ("DownEncoderBlock2D", "AttnDownEncoderBlock2D")
+UP_BLOCKS = ("UpDecoderBlock2D", "AttnUpDecoderBlock2D")
+SPATIAL_GROUPS = 32  # in a SpatialNorm
+
+
+def setting(default, at_least=None, at_most=None, above=None, one_of=None, quantizers=None) -> Any:
+    """
+    A field with bounds for its value, or for each in its list, and the names of the quantizers that it has an effect
+    on, if not on all. Numbers are finite without being told to.
+    """
+    bounds = {"at_least": at_least, "at_most": at_most, "above": above, "one_of": one_of, "quantizers": quantizers}
+    return field(default=default, metadata={name: bound for name, bound in bounds.items() if bound is not None})
+
+
 # Whether the keys at hand come from a file or another serialized config, which may hold what others have added.
 _reading: ContextVar[bool] = ContextVar("reading", default=False)
 
 
 @contextlib.contextmanager
 def reading() -> Iterator[None]:
-    """While it lasts, unknown keys are kept with a warning instead of refused."""
+    """While it lasts, unknown keys and options without effect are warned of instead of refused."""
     token = _reading.set(True)
     try:
         yield
@@ -119,49 +143,50 @@ class VQGANConfig(PreTrainedConfig):
 
     Raises:
         ValueError:
-            For an unknown field (with the nearest known name) and for values that contradict each other. An unknown key
-            of a file (`from_pretrained`, `from_dict`, ...) is kept with a warning: libraries write their own into it.
+            For an unknown field (with the nearest known name), for values out of bounds or that contradict each other,
+            and for options that the quantizer does not have. In a file (`from_pretrained`, `from_dict`, ...), unknown
+            keys and such options are warnings: libraries and earlier versions wrote them there.
     """
 
     model_type = "vqgan"
 
-    in_channels: int = 3
-    out_channels: int = 3
-    sample_size: int = 256
-    block_out_channels: list[int] | tuple[int, ...] = (128, 128, 256, 256, 512)
-    stem_channels: int | None = None
-    decoder_block_out_channels: list[int] | tuple[int, ...] | None = None
-    backbone: str = "vqgan"
+    in_channels: int = setting(3, at_least=1)
+    out_channels: int = setting(3, at_least=1)
+    sample_size: int = setting(256, at_least=1)
+    block_out_channels: list[int] | tuple[int, ...] = setting((128, 128, 256, 256, 512), at_least=1)
+    stem_channels: int | None = setting(None, at_least=1)
+    decoder_block_out_channels: list[int] | tuple[int, ...] | None = setting(None, at_least=1)
+    backbone: str = setting("vqgan", one_of=("vqgan", "maskgit"))
     encoder_only: bool = False
     pixel_range: list[int] | tuple[int, ...] = (-1, 1)
-    layers_per_block: int = 2
-    down_block_types: list[str] | tuple[str, ...] | None = None
-    up_block_types: list[str] | tuple[str, ...] | None = None
+    layers_per_block: int = setting(2, at_least=1)
+    down_block_types: list[str] | tuple[str, ...] | None = setting(None, one_of=DOWN_BLOCKS)
+    up_block_types: list[str] | tuple[str, ...] | None = setting(None, one_of=UP_BLOCKS)
     mid_block_add_attention: bool = True
-    act_fn: str = "silu"
-    norm_num_groups: int = 32
-    norm_type: str = "group"
-    latent_channels: int = 256
+    act_fn: str = setting("silu", one_of=("silu", "swish", "mish", "gelu", "relu"))
+    norm_num_groups: int = setting(32, at_least=1)
+    norm_type: str = setting("group", one_of=("group", "spatial"))
+    latent_channels: int = setting(256, at_least=1)
     quantizer: str = "vq"
-    num_vq_embeddings: int = 8192
-    vq_embed_dim: int | None = 8
-    commitment_weight: float | int = 0.25
-    codebook_weight: float | int = 1.0
-    codebook_l2_norm: bool = False
-    normalize_on_lookup: bool = False
-    num_used_codes: int = 0
-    rotation_trick: bool = False
-    entropy_weight: float | int = 0.0
-    entropy_temperature: float | int = 0.01
-    perturbation_share: float | int = 0.0
-    perturbation_neighbours: int = 8
-    ema_decay: float | int = 0.99
-    kl_weight: float | int = 5e-4
-    gumbel_temperature: float | int = 1.0
-    fsq_levels: list[int] | tuple[int, ...] | None = None
-    num_codebooks: int = 1
-    base_quantizer: str = "vq"
-    scaling_factor: float | int = 1.0
+    num_vq_embeddings: int = setting(8192, at_least=1)
+    vq_embed_dim: int | None = setting(8, at_least=1)
+    commitment_weight: float | int = setting(0.25, at_least=0, quantizers=(*CODEBOOK, "lfq"))
+    codebook_weight: float | int = setting(1.0, at_least=0, quantizers=("vq", "simvq", "ibq"))
+    codebook_l2_norm: bool = setting(False, quantizers=CODEBOOK)
+    normalize_on_lookup: bool = setting(False, quantizers=("vq",))
+    num_used_codes: int = setting(0, at_least=0, quantizers=("vq", "vq_ema"))
+    rotation_trick: bool = setting(False, quantizers=NEAREST)
+    entropy_weight: float | int = setting(0.0, at_least=0, quantizers=(*CODEBOOK, *BITS))
+    entropy_temperature: float | int = setting(0.01, at_least=1e-6, quantizers=(*CODEBOOK, *BITS))
+    perturbation_share: float | int = setting(0.0, at_least=0, at_most=1, quantizers=CODEBOOK)
+    perturbation_neighbours: int = setting(8, at_least=1, quantizers=CODEBOOK)
+    ema_decay: float | int = setting(0.99, at_least=0, at_most=1, quantizers=("vq_ema",))
+    kl_weight: float | int = setting(5e-4, at_least=0, quantizers=("gumbel",))
+    gumbel_temperature: float | int = setting(1.0, at_least=1e-6, quantizers=("gumbel",))
+    fsq_levels: list[int] | tuple[int, ...] | None = setting(None, at_least=2, quantizers=("fsq",))
+    num_codebooks: int = setting(1, at_least=1)
+    base_quantizer: str = setting("vq", one_of=NEAREST, quantizers=COMPOSITE)
+    scaling_factor: float | int = setting(1.0, above=0)
     shift_factor: float | int = 0.0
     force_upcast: bool = False
     lookup_from_codebook: bool = True
@@ -169,6 +194,7 @@ class VQGANConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         self._report_unknown([key for key in kwargs if not key.startswith("_") and key not in LIBRARY_KEYS])
 
+        self._check_bounds()
         # Tuples, so that a config built in Python equals the same config read back from JSON.
         self.block_out_channels = tuple(self.block_out_channels)
         levels = len(self.block_out_channels)
@@ -181,7 +207,9 @@ class VQGANConfig(PreTrainedConfig):
         self.pixel_range = tuple(self.pixel_range)
         if self.stem_channels is None:
             self.stem_channels = self.block_out_channels[0]
-        self.decoder_block_out_channels = tuple(self.decoder_block_out_channels or self.block_out_channels)
+        if self.decoder_block_out_channels is None:
+            self.decoder_block_out_channels = self.block_out_channels
+        self.decoder_block_out_channels = tuple(self.decoder_block_out_channels)
         if self.vq_embed_dim is None:
             self.vq_embed_dim = self.latent_channels
         if self.quantizer == "fsq" and self.fsq_levels:
@@ -212,6 +240,28 @@ class VQGANConfig(PreTrainedConfig):
             raise ValueError(f"VQGANConfig has no field {hints}. Its fields are: {', '.join(model_fields())}.")
         warnings.warn(f"the config has keys that VQGANModel does not read: {hints}.", stacklevel=2)
 
+    def _report_idle(self):
+        """Options that the quantizer does not have: earlier versions wrote them into files, and read none of them."""
+        idle = idle_options(vars(self))
+        if not idle:
+            return
+        if not _reading.get():
+            raise ValueError("; ".join(idle.values()) + ". It would have no effect: leave it out.")
+        warnings.warn(f"left out of the config, as it has no effect: {'; '.join(idle.values())}.", stacklevel=2)
+        for item in fields(self):
+            if item.name in idle:
+                setattr(self, item.name, item.default)
+
+    def _check_bounds(self):
+        for item in fields(self):
+            value = getattr(self, item.name)
+            several = isinstance(value, (list, tuple))
+            for number in value if several else [value]:
+                if expected := bounds_broken(number, item.metadata):
+                    raise ValueError(f"{item.name}={value!r} must be {expected}{', each of them' * several}.")
+        if not self.block_out_channels:
+            raise ValueError("block_out_channels=() must have at least one level.")
+
     def _check_values(self):
         levels = len(self.block_out_channels)
         for name in ("down_block_types", "up_block_types", "decoder_block_out_channels"):
@@ -223,26 +273,16 @@ class VQGANConfig(PreTrainedConfig):
         for name in ("block_out_channels", "decoder_block_out_channels", "stem_channels"):
             value = getattr(self, name)
             channels = (value,) if isinstance(value, int) else value
-            if bad := [c for c in channels if c < 1 or c % self.norm_num_groups]:
+            if bad := [c for c in channels if c % self.norm_num_groups]:
                 raise ValueError(
                     f"norm_num_groups={self.norm_num_groups} does not divide the channel count(s) {bad} in "
                     f"{name}={value}. Set norm_num_groups to a common divisor."
                 )
-        for name in (
-            "in_channels",
-            "out_channels",
-            "sample_size",
-            "layers_per_block",
-            "latent_channels",
-            "num_vq_embeddings",
-            "vq_embed_dim",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
-        if self.norm_type not in ("group", "spatial"):
-            raise ValueError(f"norm_type={self.norm_type!r} must be 'group' or 'spatial'.")
-        if self.backbone not in ("vqgan", "maskgit"):
-            raise ValueError(f"backbone={self.backbone!r} must be 'vqgan' or 'maskgit'.")
+        if self.sample_size % self.downsample_factor:
+            raise ValueError(
+                f"sample_size={self.sample_size} must be a multiple of {self.downsample_factor}, the downsampling "
+                f"factor of block_out_channels={self.block_out_channels}."
+            )
         if self.backbone == "maskgit" and self.vq_embed_dim != self.latent_channels:
             raise ValueError(
                 f"backbone='maskgit' quantizes the encoder's output as it is, so vq_embed_dim={self.vq_embed_dim} must "
@@ -250,52 +290,52 @@ class VQGANConfig(PreTrainedConfig):
             )
         if self.backbone == "maskgit" and self.norm_type == "spatial":
             raise ValueError("backbone='maskgit' has no spatial norms: use norm_type='group'.")
+        if self.norm_type == "spatial" and (bad := [c for c in self.decoder_block_out_channels if c % SPATIAL_GROUPS]):
+            raise ValueError(
+                f"norm_type='spatial' has {SPATIAL_GROUPS} groups, which do not divide the channel count(s) {bad} in "
+                f"decoder_block_out_channels={self.decoder_block_out_channels}. Use multiples, or norm_type='group'."
+            )
         if self.pixel_range not in ((-1, 1), (0, 1)):
             raise ValueError(f"pixel_range={self.pixel_range} must be (-1, 1) or (0, 1).")
         self._check_quantizer()
 
     def _check_quantizer(self):
         kind, codes, dim = self.quantizer, self.num_vq_embeddings, self.vq_embed_dim
+        self._report_idle()
         if self.normalize_on_lookup and (kind != "vq" or self.codebook_l2_norm):
             raise ValueError(
                 "normalize_on_lookup=True is for quantizer='vq' without codebook_l2_norm, not for "
                 f"quantizer={kind!r} with codebook_l2_norm={self.codebook_l2_norm}."
             )
-        if not 0 <= self.num_used_codes <= codes or (self.num_used_codes and kind not in ("vq", "vq_ema")):
+        if self.num_used_codes > codes or (self.num_used_codes and kind not in ("vq", "vq_ema")):
             raise ValueError(
-                f"num_used_codes={self.num_used_codes} must be in [0, {codes}], the codebook's size, and is for "
+                f"num_used_codes={self.num_used_codes} must be in [0, {codes}], num_vq_embeddings, and is for "
                 f"quantizer='vq' or 'vq_ema', not for {kind!r}."
             )
-        composite = kind in ("residual", "grouped")
+        composite = kind in COMPOSITE
         if composite != (self.num_codebooks > 1):
             raise ValueError(
                 f"num_codebooks={self.num_codebooks} does not go with quantizer={kind!r}: 'residual' and 'grouped' "
                 "need 2 or more, all others have 1."
             )
-        if kind == "fsq" and (not self.fsq_levels or min(self.fsq_levels) < 2):
+        if kind == "fsq" and not self.fsq_levels:
             raise ValueError(
                 f"fsq_levels={self.fsq_levels}: quantizer='fsq' needs levels of 2 or more, e.g. [8, 5, 5, 5]."
             )
-        if kind in ("lfq", "bsq") and codes != 2**dim:
+        if codes > LARGEST:
+            raise ValueError(f"fsq_levels={self.fsq_levels} make more than 2**62 codes, which have no numbers.")
+        if kind in BITS and (dim > 62 or codes != 2**dim):
             raise ValueError(
-                f"quantizer={kind!r} has one bit per dimension: num_vq_embeddings={codes} must be 2**vq_embed_dim, and "
-                f"vq_embed_dim is {dim}."
+                f"quantizer={kind!r} has one bit per dimension, 62 at most: num_vq_embeddings={codes} must be "
+                f"2**vq_embed_dim, and vq_embed_dim is {dim}."
             )
         if kind == "grouped" and dim % self.num_codebooks:
             raise ValueError(f"vq_embed_dim={dim} is not a multiple of num_codebooks={self.num_codebooks}.")
-        allowed = ("vq", "vq_ema", "simvq")
-        if composite and self.base_quantizer not in allowed:
-            raise ValueError(f"base_quantizer={self.base_quantizer!r} must be one of {', '.join(map(repr, allowed))}.")
         if kind == "residual" and self.codebook_l2_norm:
             raise ValueError(
-                "codebook_l2_norm=True: unit codes cannot shrink a residual. Use 'grouped', or turn it off."
+                "codebook_l2_norm=True with quantizer='residual': unit codes cannot shrink a residual. Use 'grouped', "
+                "or turn it off."
             )
-        for name, low, high in (("ema_decay", 0, 1), ("perturbation_share", 0, 1)):
-            if not low <= getattr(self, name) <= high:
-                raise ValueError(f"{name}={getattr(self, name)} must be in [{low}, {high}].")
-        for name in ("entropy_temperature", "gumbel_temperature"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name}={getattr(self, name)} must be positive.")
 
     @property
     def downsample_factor(self) -> int:
@@ -307,3 +347,37 @@ def model_fields() -> list[str]:
     """Names of the fields that VQGANConfig adds to transformers' own."""
     inherited = {field.name for field in fields(PreTrainedConfig)}
     return [field.name for field in fields(VQGANConfig) if field.name not in inherited]
+
+
+def bounds_broken(value, bounds: Mapping[str, Any]) -> str | None:
+    """What `value` should be according to a field's `bounds`, if it is not."""
+    if value is None:
+        return None
+    if "one_of" in bounds:
+        return None if value in bounds["one_of"] else f"one of {', '.join(map(repr, bounds['one_of']))}"
+    if not isinstance(value, (int, float)):
+        return None
+    if not abs(value) <= LARGEST:  # nor is NaN
+        return "a finite number, 2**62 at most"
+    low, high, above = bounds.get("at_least"), bounds.get("at_most"), bounds.get("above")
+    if high is not None and not low <= value <= high:
+        return f"in [{low}, {high}]"
+    if low is not None and value < low:
+        return f"at least {low}"
+    return f"above {above}" if above is not None and value <= above else None
+
+
+def idle_options(values: Mapping[str, Any]) -> dict[str, str]:
+    """The options, away from their defaults, that the quantizer in `values` does not have, each with who has it."""
+    kind = values.get("quantizer", "vq")
+    kinds = (kind, values.get("base_quantizer", "vq")) if kind in COMPOSITE else (kind,)
+    idle: dict[str, str] = {}
+    if kind not in BUILT_IN:  # somebody's own, who knows what it has
+        return idle
+    for item in fields(VQGANConfig):
+        owners, value = item.metadata.get("quantizers"), values.get(item.name, item.default)
+        if owners and value != item.default and not any(each in owners for each in kinds):
+            *others, last = map(repr, owners)
+            names = f"{', '.join(others)} or {last}" if others else last
+            idle[item.name] = f"{item.name}={value!r} is for quantizer={names}, not for {' of '.join(map(repr, kinds))}"
+    return idle

@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from transformers.utils import SAFE_WEIGHTS_NAME, logging
 
 from .checkpoint_files import Checkpoint, locate, read_checkpoint, read_config
-from .configuration_vqgan import VQGANConfig
+from .configuration_vqgan import VQGANConfig, idle_options
 from .conversion_families import (
     ANCHORS,
     CONFIG_PATHS,
@@ -254,6 +254,9 @@ def read_config_of(checkpoint: Checkpoint, shapes: dict, family: Family, setting
     elif family is FAMILIES["ibq"]:
         fields.pop("num_used_codes", None)  # there they restrict the choice, too
     fields.setdefault("sample_size", 256)
+    # Their configs hold weights for quantizers that have no such loss
+    idle = idle_options(fields)
+    fields = {name: value for name, value in fields.items() if name not in idle}
     try:
         return VQGANConfig(**fields)
     except (ValueError, StrictDataclassError) as error:

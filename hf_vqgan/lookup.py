@@ -3,16 +3,21 @@
 Shapes: N vectors and K codes of D numbers.
 """
 
+import contextlib
+import threading
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 
-def nearest_code(vectors: Tensor, codebook: Tensor, tile: int = 1024) -> Tensor:
+def nearest_code(vectors: Tensor, codebook: Tensor, tile: int = 1024, inner_product: bool = False) -> Tensor:
     """
     Index of the nearest code in Euclidean distance, ties to the lowest index.
 
     Minimises ½|e|² - z·e, which orders codes as |z - e|² does. Leaving |z|² out is not (only) cheaper: added in
-    float32 it swamps the differences between small codes and picks wrong ones. As one product [z, 1]·[-e, ½|e|²] the
+    float32 it swamps the differences between small codes and picks wrong ones. So would an offset that z and e have in
+    common, which is taken from both first ([`common_offset`]). As one product [z, 1]·[-e, ½|e|²] the
     scores are written once; at most `tile`² of them exist at a time. A reduction that only finds minima is twice as
     fast as one that also tells where they are, so the first pass finds each vector's best tile, and the second
     its best code there.
@@ -20,29 +25,123 @@ def nearest_code(vectors: Tensor, codebook: Tensor, tile: int = 1024) -> Tensor:
     Args:
         vectors (`Tensor` of shape `(N, D)`): z, any float dtype; compared in float32 (float64 stays).
         codebook (`Tensor` of shape `(K, D)`): e.
+        inner_product (`bool`, defaults to `False`): Take the code with the largest z·e instead.
 
     Returns:
         `Tensor` of shape `(N,)`, int64.
     """
+    find = _nearest_code_operator if torch.compiler.is_compiling() else _nearest_code
+    return find(vectors.detach(), codebook.detach(), tile, inner_product)
+
+
+def near_codes(vectors: Tensor, codebook: Tensor, count: int, inner_product: bool = False) -> Tensor:
+    """
+    Indices `(N, count)` of the nearest codes, nearest first; arguments as of [`nearest_code`].
+
+    Holds at most 2^24 of the N x K scores at a time.
+    """
+    find = _near_codes_operator if torch.compiler.is_compiling() else _near_codes
+    return find(vectors.detach(), codebook.detach(), count, inner_product)
+
+
+def common_offset(codebook: Tensor, sample: int = 1024) -> Tensor:
+    """
+    A vector `(D,)` near the mean of the codes `(K, D)`, to be taken from them and from the latents that they are
+    compared with. With an offset of 1,000 times the spread, float32 products choose wrong half of the time.
+
+    Any vector would be right, so about `sample` codes are enough to find one. It lies on a grid as wide as the next
+    power of two above their standard deviation: codes about the origin stay as they are, to the last bit, and numbers
+    that have few digits keep them, so that equal distances stay equal. Codes that are not finite have no offset; they
+    come out in the losses then, instead of spoiling all scores.
+    """
+    with torch.no_grad():
+        variance, mean = torch.var_mean(codebook[:: 1 + (len(codebook) - 1) // sample], dim=0, correction=0)
+        grid = variance.mean().sqrt().log2().ceil().exp2()
+        return ((mean / grid).round() * grid).nan_to_num(0, 0, 0)
+
+
+_precision_lock = threading.Lock()
+_precision_users = 0
+_precision_before: tuple[str | None, ...] = ()
+_backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+_precision_of_backends = [backend for backend in _backends if hasattr(backend, "fp32_precision")]  # PyTorch >= 2.9
+
+
+@contextlib.contextmanager
+def exact_products() -> Iterator[None]:
+    """
+    Matrix products of float32 numbers in float32, whatever `torch.set_float32_matmul_precision` allows: with TF32, .2
+    to .5 % of the choices are other ones.
+
+    The setting belongs to the process: the first thread that enters changes it, the last that leaves restores it. It
+    has no effect on code that is compiled; see `_nearest_code_operator`.
+    """
+    global _precision_users, _precision_before
+    if torch.compiler.is_compiling():
+        yield
+        return
+    with _precision_lock:
+        if not _precision_users:
+            _precision_before = _get_precision()
+            _set_precision(_precision_before[0] and "highest", *["ieee" for _ in _precision_of_backends])
+        _precision_users += 1
+    try:
+        yield
+    finally:
+        with _precision_lock:
+            _precision_users -= 1
+            if not _precision_users:
+                _set_precision(*_precision_before)
+
+
+def _get_precision() -> tuple[str | None, ...]:
+    try:
+        overall = torch.get_float32_matmul_precision()
+    except RuntimeError:  # backends were set one by one, and PyTorch refuses to name one precision for all
+        overall = None
+    return overall, *(backend.fp32_precision for backend in _precision_of_backends)
+
+
+def _set_precision(overall: str | None, *backends: str | None) -> None:
+    if overall is not None:
+        torch.set_float32_matmul_precision(overall)
+    for backend, precision in zip(_precision_of_backends, backends, strict=True):
+        backend.fp32_precision = precision
+
+
+def _comparable(vectors: Tensor, codebook: Tensor, inner_product: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Vectors z and codes e in float32 or better, and what to take from both; from z it is taken already."""
     dtype = torch.promote_types(vectors.dtype, torch.float32)
-    with torch.no_grad(), torch.autocast(vectors.device.type, enabled=False):
-        vectors, codebook = vectors.to(dtype), codebook.to(dtype)
+    vectors, codebook = vectors.to(dtype), codebook.to(dtype)
+    offset = common_offset(codebook)
+    # z·(e - offset) orders codes as z·e does: there, z itself stays
+    return vectors if inner_product else vectors - offset, codebook, offset
+
+
+def _with_bias(codes: Tensor, offset: Tensor, inner_product: bool) -> Tensor:
+    """Codes e `(K, D)` as [-e, ½|e|²] `(K, D+1)`, [-e, 0] for inner products, with e less the offset."""
+    minus = offset - codes
+    bias = torch.zeros_like(minus[:, :1]) if inner_product else 0.5 * minus.square().sum(dim=1, keepdim=True)
+    return torch.cat([minus, bias], dim=1)
+
+
+def _nearest_code(vectors: Tensor, codebook: Tensor, tile: int, inner_product: bool) -> Tensor:
+    with torch.no_grad(), torch.autocast(vectors.device.type, enabled=False), exact_products():
+        vectors, codebook, offset = _comparable(vectors, codebook, inner_product)
         z = torch.cat([vectors, vectors.new_ones(len(vectors), 1)], dim=1)
         tiles = codebook.split(tile)
         buffer = z.new_empty(min(len(z), tile) * len(tiles[0]))
-
-        def with_norms(codes: Tensor) -> Tensor:
-            return torch.cat([-codes, 0.5 * codes.square().sum(dim=1, keepdim=True)], dim=1)
 
         def scores(rows: Tensor, codes: Tensor) -> Tensor:
             return torch.mm(rows, codes.T, out=buffer[: len(rows) * len(codes)].view(len(rows), len(codes)))
 
         if len(tiles) == 1:
-            codes = with_norms(codebook)
+            codes = _with_bias(codebook, offset, inner_product)
             return torch.cat([scores(rows, codes).argmin(dim=1) for rows in z.split(tile)])
         best = z.new_full((len(z),), torch.inf)
         best_tile = torch.zeros(len(z), dtype=torch.int64, device=z.device)
-        for number, codes in enumerate(map(with_norms, tiles)):
+        for number, own in enumerate(tiles):
+            codes = _with_bias(own, offset, inner_product)
             for rows, low, chosen in zip(z.split(tile), best.split(tile), best_tile.split(tile), strict=True):
                 score = scores(rows, codes).amin(dim=1)
                 chosen.masked_fill_(score < low, number)  # strictly: an equal code of an earlier tile stays
@@ -52,10 +151,36 @@ def nearest_code(vectors: Tensor, codebook: Tensor, tile: int = 1024) -> Tensor:
         members_of_tiles = best_tile.argsort().split(best_tile.bincount(minlength=len(tiles)).tolist())
         for number, members in enumerate(members_of_tiles):
             if len(members):
-                codes = with_norms(tiles[number])
+                codes = _with_bias(tiles[number], offset, inner_product)
                 for some in members.split(tile):
                     indices[some] = scores(z[some], codes).argmin(dim=1) + number * tile
     return indices
+
+
+def _near_codes(vectors: Tensor, codebook: Tensor, count: int, inner_product: bool) -> Tensor:
+    with torch.no_grad(), torch.autocast(vectors.device.type, enabled=False), exact_products():
+        vectors, codebook, offset = _comparable(vectors, codebook, inner_product)
+        minus, bias = _with_bias(codebook, offset, inner_product).split([codebook.shape[1], 1], dim=1)
+        parts = vectors.split(max(1, 2**24 // len(codebook)))
+        near = [torch.addmm(bias.T, rows, minus.T).topk(count, dim=1, largest=False).indices for rows in parts]
+        return torch.cat(near)
+
+
+# For compiled code, both searches are one operator each: traced, their products would run at whatever precision holds
+# then, and their sizes depend on the data. Each copy of this module (a pushed model brings its own) has its own.
+_namespace = __name__.replace(".", "_")
+_nearest_code_operator = torch.library.custom_op(f"{_namespace}::nearest_code", _nearest_code, mutates_args=())
+_near_codes_operator = torch.library.custom_op(f"{_namespace}::near_codes", _near_codes, mutates_args=())
+
+
+@_nearest_code_operator.register_fake
+def _(vectors: Tensor, codebook: Tensor, tile: int, inner_product: bool) -> Tensor:
+    return vectors.new_empty(len(vectors), dtype=torch.int64)
+
+
+@_near_codes_operator.register_fake
+def _(vectors: Tensor, codebook: Tensor, count: int, inner_product: bool) -> Tensor:
+    return vectors.new_empty(len(vectors), count, dtype=torch.int64)
 
 
 def kmeans_plus_plus(points: Tensor, num_clusters: int, generator: torch.Generator | None = None) -> Tensor:

@@ -346,7 +346,7 @@ def measure_latents(model: VQGANModel, load_batch: Callable[[int], Tensor], num_
     means, squares = (totals[: 2 * dim] / totals[-2]).view(2, dim)
     return LatentStatistics(
         mean=float(means.mean()),
-        std=float((squares.mean() - means.mean().square()).sqrt()),
+        std=float((squares.mean() - means.mean().square()).clamp(min=0).sqrt()),  # rounding, where all are equal
         channel_means=means.tolist(),
         channel_stds=(squares - means.square()).clamp(min=0).sqrt().tolist(),
         num_images=int(totals[-1]),

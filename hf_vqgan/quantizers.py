@@ -7,7 +7,8 @@ Every quantizer keeps four promises, which the test suite checks on each entry o
    by methods that the trainer calls by name: `initialize_codebook`, `update_codebook`, `restart_codes`.
 2. `quantized` equals `codes(indices)` to the last bit: what the decoder sees in training is what it sees later from
    stored indices. (The one exception is asked for by name: `normalize_on_lookup`.)
-3. Codes are chosen in float32 or better, whatever the dtype of the model. In bfloat16 up to all choices are wrong.
+3. Codes are chosen in float32 or better, whatever the dtype of the model and the precision that PyTorch may use for
+   products. In bfloat16 up to all choices are wrong.
 4. Losses are named and unweighted; `loss_names` says in advance which there are.
 """
 
@@ -25,7 +26,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import initialization as init
 
 from .configuration_vqgan import VQGANConfig
-from .lookup import cluster_sums, kmeans, nearest_code
+from .lookup import cluster_sums, common_offset, exact_products, kmeans, near_codes, nearest_code
 
 
 @dataclass
@@ -63,10 +64,13 @@ def entropy_loss(vectors: Tensor, codebook: Tensor, temperature: float, max_scor
 
     Holds at most `max_scores` of the N x K probabilities at a time; the backward pass computes them again.
     """
+    offset = common_offset(codebook)
+    vectors, codebook = vectors - offset, codebook - offset
 
     def part(rows: Tensor) -> tuple[Tensor, Tensor]:
-        # |z|² is the same for all codes and drops out of the softmax
-        logits = (rows @ codebook.T - 0.5 * codebook.square().sum(dim=1)) * (2 / temperature)
+        with exact_products():  # in the backward pass, too; a low temperature magnifies errors
+            # |z|² is the same for all codes and drops out of the softmax
+            logits = (rows @ codebook.T - 0.5 * codebook.square().sum(dim=1)) * (2 / temperature)
         p = logits.softmax(dim=1)
         return entropy(p).sum(), p.sum(dim=0)
 
@@ -112,21 +116,22 @@ class _PassGradient(torch.autograd.Function):
 class _SquaredError(torch.autograd.Function):
     """
     mean (z - e)² twice, from one difference: as the commitment loss, whose gradient goes to z, and as the codebook
-    loss, whose gradient goes to e.
+    loss, whose gradient goes to e. Each takes the other side as constant, in second derivatives, too.
     """
 
     @staticmethod
     def forward(ctx, z: Tensor, e: Tensor) -> tuple[Tensor, Tensor]:
-        difference = z - e
-        ctx.save_for_backward(difference)
-        mean = difference.square().mean()
+        ctx.save_for_backward(z, e)
+        mean = (z - e).square().mean()
         return mean, mean.clone()
 
     @staticmethod
     def backward(ctx, commitment_grad: Tensor, codebook_grad: Tensor):
-        (difference,) = ctx.saved_tensors
-        share = 2 / difference.numel()
-        return difference * (commitment_grad * share), difference * (codebook_grad * -share)
+        z, e = ctx.saved_tensors
+        share = 2 / z.numel()
+        at_z = (z - e.detach()) * (commitment_grad * share) if ctx.needs_input_grad[0] else None
+        at_e = (e - z.detach()) * (codebook_grad * share) if ctx.needs_input_grad[1] else None
+        return at_z, at_e
 
 
 class _Rotate(torch.autograd.Function):
@@ -145,7 +150,7 @@ class _Rotate(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        z, e = ctx.saved_tensors
+        z, e = (saved.detach() for saved in ctx.saved_tensors)  # λ and R are constants, in second derivatives, too
         z_norm, e_norm = (x.norm(dim=1, keepdim=True).clamp_min(1e-6) for x in (z, e))
         z_hat, e_hat = z / z_norm, e / e_norm
         r = F.normalize(z_hat + e_hat, dim=1)
@@ -217,7 +222,7 @@ class Quantizer(nn.Module):
             bad = int((~torch.isfinite(latents)).sum())
             raise ValueError(f"{bad} of {latents.numel()} latent values are NaN or infinite. Check the input image.")
         batch, dim, height, width = latents.shape
-        with torch.autocast(latents.device.type, enabled=False), fetched(self):
+        with torch.autocast(latents.device.type, enabled=False), exact_products(), fetched(self):
             vectors = latents.permute(0, 2, 3, 1).reshape(-1, dim).to(precision)
             quantized, indices, losses = self.quantize_vectors(vectors)
         assert tuple(losses) == self.loss_names, f"{type(self).__name__} returned {tuple(losses)}"
@@ -230,7 +235,7 @@ class Quantizer(nn.Module):
 
     def codes(self, indices: Tensor) -> Tensor:
         """Codes at indices `(B, h, w)`, or `(B, h, w, n)`, as `(B, D, h, w)`."""
-        with fetched(self):
+        with exact_products(), fetched(self):
             vectors = self.code_vectors(indices.reshape(-1, *indices.shape[3:]))
         return vectors.view(*indices.shape[:3], self.embed_dim).permute(0, 3, 1, 2)
 
@@ -288,7 +293,7 @@ class VectorQuantizer(Quantizer):
     Options, for this class and those derived from it:
         `codebook_l2_norm`: z and e on the unit sphere, i.e. cosine similarity (ViT-VQGAN,
             https://huggingface.co/papers/2110.04627, section 3.1). With 8 dimensions, LlamaGen's recipe.
-        `rotation_trick`: the gradient is rotated from e to z instead of copied.
+        `rotation_trick`: the gradient is rotated from e to z instead of copied (not for `ibq`, which does neither).
         `entropy_weight` > 0: the entropy loss, at a cost of N x K probabilities.
         `perturbation_share` > 0: in training, this share of the choices falls on one of the `perturbation_neighbours`
             nearest codes instead, so that the decoder bears a wrong token (https://huggingface.co/papers/2503.08354).
@@ -297,6 +302,7 @@ class VectorQuantizer(Quantizer):
     """
 
     loss_names: tuple[str, ...] = ("commitment", "codebook")
+    inner_product = False  # codes are ranked by distance
 
     def __init__(self, config: VQGANConfig):
         super().__init__(config)
@@ -322,11 +328,10 @@ class VectorQuantizer(Quantizer):
         return F.normalize(vectors, dim=-1) if self.normalize else vectors
 
     def choose(self, z: Tensor, codebook: Tensor) -> Tensor:
-        indices = nearest_code(z, codebook)
+        indices = nearest_code(z, codebook, inner_product=self.inner_product)
         if self.training and self.perturbation_share:
             moved = (torch.rand(len(z), device=z.device) < self.perturbation_share).nonzero().flatten()
-            scores = z[moved] @ codebook.T - 0.5 * codebook.square().sum(dim=1)
-            near = scores.topk(self.perturbation_neighbours, dim=1).indices
+            near = near_codes(z[moved], codebook, self.perturbation_neighbours, self.inner_product)
             picked = torch.randint(self.perturbation_neighbours, (len(moved), 1), device=z.device)
             indices = indices.index_copy(0, moved, near.gather(1, picked).flatten())
         return indices
@@ -509,27 +514,27 @@ class IndexBackpropagationQuantizer(VectorQuantizer):
     dimension; each step costs N x K probabilities (held in parts, computed again in the backward pass).
     """
 
+    inner_product = True
     max_scores = 2**24
-
-    def choose(self, z: Tensor, codebook: Tensor) -> Tensor:
-        tile = max(1, self.max_scores // self.num_codes)
-        return torch.cat([(rows @ codebook.T).argmax(dim=1) for rows in z.split(tile)])
 
     def quantize_vectors(self, vectors: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         _, indices, losses = super().quantize_vectors(vectors)
         z, codebook = self.project(vectors), self.codebook()
-        soft = soft_codes(z, lambda rows: rows @ codebook.T, codebook, self.max_scores)
+        # All logits fall by z·offset, which softmax does not see
+        centred = codebook - common_offset(codebook)
+        soft = soft_codes(z, centred, codebook, self.max_scores)
         return _PassGradient.apply(soft, F.embedding(indices, codebook)), indices, losses
 
     def to_codebook(self) -> Tensor | None:
         return self.codebook().detach() if self.normalize else None  # else long codes win more than their due
 
 
-def soft_codes(vectors: Tensor, logits, codebook: Tensor, max_scores: int) -> Tensor:
-    """Σ_k p_k sg(e_k), p = softmax(logits(z)), with at most `max_scores` of the N x K probabilities at a time."""
+def soft_codes(vectors: Tensor, keys: Tensor, codebook: Tensor, max_scores: int) -> Tensor:
+    """Σ_k p_k sg(e_k), p = softmax(z·key_k), with at most `max_scores` of the N x K probabilities at a time."""
 
     def part(rows: Tensor) -> Tensor:
-        return logits(rows).softmax(dim=1) @ codebook.detach()
+        with exact_products():  # in the backward pass, too
+            return (rows @ keys.T).softmax(dim=1) @ codebook.detach()
 
     parts = vectors.split(max(1, max_scores // len(codebook)))
     return torch.cat([checkpoint(part, rows, use_reentrant=False) for rows in parts])
@@ -577,6 +582,9 @@ class FiniteScalarQuantizer(Quantizer):
 
         q = round(tanh(z + s) (L-1)/2 - o),   code = q / ⌊L/2⌋,   o = ½ and s = atanh(2o/(L-1)) for even L, else 0
 
+    s puts the code 0 at z = 0. Of two levels neither can be there (s would be infinite, and one of them out of reach):
+    s = 0 lets them meet there.
+
     Nothing to collapse, nothing to tune. Choose it for up to about 2^16 codes, when the decoder (or what follows) can
     live with 3 to 6 numbers per position. `fsq_levels` sets K and D. Codes are not their own nearest codes (tanh), so
     decode stored codes by index, or with `force_not_quantize`.
@@ -591,8 +599,10 @@ class FiniteScalarQuantizer(Quantizer):
         levels, places, middle = self._constants(vectors.device)
         half = (levels - 1) * (1 + 1e-3) / 2  # a little room, so that tanh reaches the outermost levels
         offset = (levels % 2 == 0) * 0.5
-        bounded = torch.tanh(vectors + torch.atanh(offset / half).to(vectors)) * half - offset
-        digits = bounded.detach().round().long() + middle  # (N, D), each in [0, L_d)
+        shift = torch.atanh(offset / half) * (levels > 2)
+        bounded = torch.tanh(vectors + shift.to(vectors)) * half - offset
+        digits = bounded.detach().round().long() + middle
+        digits = digits.clamp(min=0).minimum(levels - 1)  # over 1,000 levels, that room is wider than half a level
         indices = (digits * places).sum(dim=1)
         codes = self.code_vectors(indices).to(vectors.dtype)
         return _PassGradient.apply((bounded / middle).to(vectors.dtype), codes), indices, {}
@@ -730,10 +740,14 @@ class ResidualQuantizer(_CompositeQuantizer):
         r_0 = z,   e_d = Q_d(r_{d-1}),   r_d = r_{d-1} - e_d,   quantized = Σ_d e_d        (eqs. 3 and 4)
 
     Coarse to fine: a prefix of the codes is a coarser image. Choose it for high fidelity at few positions.
+
+    The gradient passes from the sum to z, once, whatever the number of stages; with `rotation_trick`, rotated by what
+    takes z to the sum.
     """
 
     def __init__(self, config: VQGANConfig):
         super().__init__(config, config.vq_embed_dim)
+        self.rotation_trick = config.rotation_trick
 
     def shares(self, vectors: Tensor, indices: Tensor | None = None) -> list[Tensor]:
         if indices is None:
@@ -750,7 +764,8 @@ class ResidualQuantizer(_CompositeQuantizer):
             residual, total = residual - code.detach(), total + code.detach()
             indices.append(index)
             losses.append(loss)
-        return _PassGradient.apply(vectors, total), torch.stack(indices, dim=1), _mean_of(losses)
+        passed_on = _Rotate if self.rotation_trick else _PassGradient
+        return passed_on.apply(vectors, total), torch.stack(indices, dim=1), _mean_of(losses)
 
     def code_vectors(self, indices: Tensor) -> Tensor:
         codes = (part.code_vectors(index) for part, index in zip(self.parts, indices.unbind(dim=1), strict=True))

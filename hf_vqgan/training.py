@@ -580,7 +580,12 @@ def build_optimizer(
 
 
 def measure_scale(state: TrainState, dataset, batch_size: int = 16) -> None:
-    """Set the model's `scaling_factor` and `shift_factor` to what gives latents of training crops unit variance."""
+    """
+    Set the model's `scaling_factor` and `shift_factor` to what gives latents of training crops unit variance.
+
+    Latents that are all equal, or not finite, have no such factors: a warning, and the model's stay as they are. The
+    run goes on to save its weights and to tell what became of the images.
+    """
     count, config = state.config.latent_statistics_images, state.vqgan.config
     sizes = [min(batch_size, count - start) for start in range(0, count, batch_size)]
     batches = device_batches(state, dataset, batch_size, 0, len(sizes))  # in the order in which they are asked for
@@ -589,8 +594,17 @@ def measure_scale(state: TrainState, dataset, batch_size: int = 16) -> None:
         return next(batches)["pixel_values"][: sizes[number]]
 
     with contextlib.closing(batches):
-        state.latents = measure_latents(state.vqgan, load, len(sizes))
-    config.scaling_factor, config.shift_factor = 1 / state.latents.std, state.latents.mean
+        found = measure_latents(state.vqgan, load, len(sizes))
+    if not found.std > 1e-6 * abs(found.mean):  # smaller is rounding; NaN is not larger
+        if state.accelerator.is_main_process:
+            logger.warning(
+                "the latents of %d training crops are constant or not finite (mean %g, standard deviation %g): the "
+                "encoder has collapsed. scaling_factor=%g and shift_factor=%g stay as they were.",
+                *(found.num_images, found.mean, found.std, config.scaling_factor, config.shift_factor),
+            )
+        return
+    state.latents = found
+    config.scaling_factor, config.shift_factor = 1 / found.std, found.mean
 
 
 def memory_format(config: VQGANTrainingConfig) -> torch.memory_format:

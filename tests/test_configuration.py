@@ -1,4 +1,6 @@
 import json
+import math
+from dataclasses import fields
 
 import pytest
 from conftest import SPECIAL, TINY
@@ -42,9 +44,9 @@ def test_surplus_keys_of_a_file_are_kept_with_one_warning(tmp_path, tiny_config)
     config.save_pretrained(tmp_path / "again")
     with pytest.warns(UserWarning, match="num_codes"):
         assert VQGANConfig.from_pretrained(tmp_path / "again", num_codes=4).num_codes == 4
-    for fields in ({"num_codes": 3}, {"ema_deca": 0.5}):  # in Python, reading leaves no lenience behind
-        with pytest.raises(ValueError, match=f"has no field '{next(iter(fields))}'"):
-            VQGANConfig(**fields)
+    for misspelt in ({"num_codes": 3}, {"ema_deca": 0.5}):  # in Python, reading leaves no lenience behind
+        with pytest.raises(ValueError, match=f"has no field '{next(iter(misspelt))}'"):
+            VQGANConfig(**misspelt)
 
 
 @pytest.mark.parametrize(
@@ -73,11 +75,67 @@ def test_surplus_keys_of_a_file_are_kept_with_one_warning(tmp_path, tiny_config)
         ({"normalize_on_lookup": True, "quantizer": "ibq"}, "normalize_on_lookup=True is for quantizer='vq'"),
         ({"num_used_codes": 9000}, r"num_used_codes=9000 must be in \[0, 8192\]"),
         ({"num_used_codes": 3, "quantizer": "ibq"}, "num_used_codes=3 .* not for 'ibq'"),
+        ({"num_used_codes": 3, "quantizer": "grouped", "num_codebooks": 2}, "num_used_codes=3 .* not for 'grouped'"),
+        ({"num_codebooks": 0}, "num_codebooks=0 must be at least 1"),
+        ({"num_codebooks": -2, "quantizer": "residual"}, "num_codebooks=-2 must be at least 1"),
+        ({"sample_size": 30, "block_out_channels": (32, 32, 32)}, "sample_size=30 must be a multiple of 4"),
+        ({"perturbation_neighbours": 0}, "perturbation_neighbours=0 must be at least 1"),
+        ({"norm_num_groups": 0}, "norm_num_groups=0 must be at least 1"),
+        ({"norm_num_groups": -8}, "norm_num_groups=-8 must be at least 1"),
+        ({"block_out_channels": ()}, r"block_out_channels=\(\) must have at least one level"),
+        ({"block_out_channels": (32, 0)}, r"block_out_channels=\(32, 0\) must be at least 1, each of them"),
+        ({"decoder_block_out_channels": ()}, "decoder_block_out_channels has 0 entries"),
+        ({"norm_type": "spatial", "norm_num_groups": 8, "block_out_channels": (32, 48)}, r"'spatial' has 32.*\[48\]"),
+        ({"down_block_types": ["DownBlock2D"] * 5}, "down_block_types=.* must be one of 'DownEncoderBlock2D'"),
+        ({"up_block_types": ["UpEncoderBlock2D"] * 5}, "up_block_types=.* must be one of 'UpDecoderBlock2D'"),
+        ({"act_fn": "sigmoid"}, "act_fn='sigmoid' must be one of 'silu'"),
+        ({"quantizer": "lfq", "vq_embed_dim": 10**12}, "62 at most"),
+        ({"quantizer": "fsq", "fsq_levels": [1000] * 30}, "more than 2.*62 codes"),
+        ({"quantizer": "fsq", "fsq_levels": [8, 1]}, r"fsq_levels=\[8, 1\] must be at least 2, each of them"),
+        ({"in_channels": 10**400}, "in_channels=1.* must be a finite number"),
+        (
+            {"rotation_trick": True, "quantizer": "fsq"},
+            "rotation_trick=True is for quantizer='vq', 'vq_ema' or 'simvq'",
+        ),
+        ({"ema_decay": 0.5, "quantizer": "grouped", "num_codebooks": 2}, "ema_decay=0.5 .* not for 'grouped' of 'vq'"),
+        ({"base_quantizer": "simvq"}, "base_quantizer='simvq' is for quantizer='residual' or 'grouped', not for 'vq'"),
     ],
 )
 def test_contradictions_are_named(fields, message):
     with pytest.raises(ValueError, match=message):
         VQGANConfig(**fields)
+
+
+FLOATS = [item.name for item in fields(VQGANConfig) if "float" in str(item.type) and item.name in model_fields()]
+
+
+@pytest.mark.parametrize("name", FLOATS)
+def test_floats_are_finite_and_have_a_range(name):
+    for value in (math.nan, math.inf, -math.inf, *([] if name == "shift_factor" else [-0.1])):
+        with pytest.raises(ValueError, match=f"{name}={value} must be"):
+            VQGANConfig(**{name: value})
+    if name in ("scaling_factor", "entropy_temperature", "gumbel_temperature"):
+        with pytest.raises(ValueError, match=f"{name}=0 must be"):
+            VQGANConfig(**{name: 0})
+
+
+@pytest.mark.parametrize("act_fn", VQGANConfig.__dataclass_fields__["act_fn"].metadata["one_of"])
+def test_every_activation_builds(act_fn):
+    VQGANModel(VQGANConfig(**TINY, act_fn=act_fn))
+
+
+def test_options_that_were_ignored_still_load_from_a_file(tmp_path, tiny_config):
+    """Files that earlier versions wrote; an error would take the models away that they describe."""
+    VQGANModel(tiny_config).save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())
+    written |= {"quantizer": "gumbel", "rotation_trick": True, "commitment_weight": 1.0, "kl_weight": 0.1}
+    (tmp_path / "config.json").write_text(json.dumps(written))
+    with pytest.warns(UserWarning, match="commitment_weight=1.0 is for .*; rotation_trick=True is for"):
+        config = VQGANConfig.from_pretrained(tmp_path)
+    assert (config.quantizer, config.rotation_trick, config.commitment_weight) == ("gumbel", False, 0.25)
+    assert config.kl_weight == 0.1
+    with pytest.raises(ValueError, match="rotation_trick=True is for"):
+        VQGANConfig(quantizer="gumbel", rotation_trick=True)
 
 
 def test_wrong_type_is_named():

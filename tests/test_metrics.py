@@ -123,6 +123,15 @@ def test_latent_statistics(tiny_model):
     assert found.channel_stds == pytest.approx(channels.std(dim=1, correction=0).tolist(), rel=1e-12)
 
 
+@pytest.mark.parametrize("value", [0.0, 7.7, 99.9, 123.4])
+def test_constant_latents_have_no_deviation(tiny_model, value):
+    """Not the root of a negative number: rounding takes Σz² / n below the mean's square."""
+    torch.nn.init.zeros_(tiny_model.quant_conv.weight)
+    torch.nn.init.constant_(tiny_model.double().quant_conv.bias, value)
+    found = measure_latents(tiny_model, lambda number: torch.rand(3, 3, 16, 16), 7)
+    assert found.mean == pytest.approx(value) and 0 <= found.std <= 1e-6 * value
+
+
 @pytest.mark.parametrize("processes", [2, 3, 5])
 def test_latent_statistics_do_not_depend_on_the_number_of_processes(tiny_model, monkeypatch, processes):
     batches = [torch.rand(2, 3, 16, 16) for _ in range(4)]

@@ -1,17 +1,21 @@
 """One contract for every quantizer, then what is particular to each."""
 
 import math
+import threading
 
 import pytest
 import torch
 from conftest import SPECIAL
 from diffusers.models.autoencoders.vae import VectorQuantizer as DiffusersVectorQuantizer
 
-from hf_vqgan import QUANTIZERS, VQGANConfig, VQGANModel
-from hf_vqgan.lookup import kmeans, kmeans_plus_plus, nearest_code
+from hf_vqgan import QUANTIZERS, VQGANConfig, VQGANModel, lookup
+from hf_vqgan.configuration_vqgan import idle_options
+from hf_vqgan.lookup import common_offset, exact_products, kmeans, kmeans_plus_plus, near_codes, nearest_code
 from hf_vqgan.quantizers import (
     VectorQuantizer,
+    _PassGradient,
     _Rotate,
+    _SquaredError,
     entropy_loss,
     entropy_loss_of_bits,
 )
@@ -24,6 +28,8 @@ VARIANTS = {name: (name, {}) for name in QUANTIZERS} | {
     "vq-rotation": ("vq", {"rotation_trick": True}),
     "vq-entropy": ("vq", {"entropy_weight": 0.1}),
     "vq-perturbed": ("vq", {"perturbation_share": 0.5}),
+    "ibq-perturbed": ("ibq", {"perturbation_share": 0.5}),
+    "residual-rotation": ("residual", {"rotation_trick": True}),
     "vq_ema-cosine": ("vq_ema", {"codebook_l2_norm": True}),
     "ibq-cosine": ("ibq", {"codebook_l2_norm": True}),
     "residual-ema": ("residual", {"base_quantizer": "vq_ema"}),
@@ -67,7 +73,7 @@ def test_quantized_is_the_codes_at_the_indices(quantizer, latents):
 
 
 def test_codes_quantize_to_themselves(quantizer, variant, latents):
-    if variant in ("fsq", "ibq", "gumbel", "residual", "residual-ema", "vq-perturbed"):
+    if variant.split("-")[0] in ("fsq", "ibq", "gumbel", "residual") or variant == "vq-perturbed":
         pytest.skip("not a projection: see the class's docstring")
     first = quantizer(latents)
     again = quantizer(first.quantized.detach())
@@ -177,6 +183,234 @@ def test_lookup_memory_is_bounded():
     assert largest <= max(5000 * 4, 256 * 256)
 
 
+@pytest.mark.parametrize("d", [8, 256])
+def test_a_common_offset_changes_no_choice(d):
+    """float32 products of vectors with an offset of 1,000 times their spread chose wrong half of the time."""
+    codebook, vectors = torch.randn(2048, d) + 1000, torch.randn(256, d) + 1000
+    exact = torch.cat([torch.cdist(rows, codebook.double()) for rows in vectors.double().split(16)])
+    assert torch.equal(nearest_code(vectors, codebook), exact.argmin(dim=1))
+    assert torch.equal(near_codes(vectors, codebook, 5), exact.topk(5, largest=False).indices)
+    products = vectors.double() @ codebook.double().T
+    assert torch.equal(nearest_code(vectors, codebook, inner_product=True), products.argmax(dim=1))
+    assert torch.equal(near_codes(vectors, codebook, 5, inner_product=True), products.topk(5).indices)
+
+
+@pytest.mark.parametrize("name", ["vq", "ibq"])
+def test_a_common_offset_changes_no_probability(name, latents):
+    """Entropy loss, IBQ's soft choice and the gradients of both, with an offset as in float64."""
+    quantizer = build(name, entropy_weight=1.0, entropy_temperature=1.0)
+    with torch.no_grad():
+        quantizer.embedding.weight.add_(1000)
+    results = {}
+    for dtype in (torch.float32, torch.float64):
+        z = (latents + 1000).to(dtype).requires_grad_()
+        output = quantizer.to(dtype)(z)
+        loss = output.losses["entropy"] + (output.quantized * torch.linspace(-1, 1, z.numel()).view(z.shape)).sum()
+        results[dtype] = output.losses["entropy"], torch.autograd.grad(loss, z)[0]
+    for single, double in zip(*results.values(), strict=True):
+        torch.testing.assert_close(single.double(), double, atol=2e-3, rtol=1e-3)
+
+
+def test_equal_distances_stay_equal_with_an_offset():
+    codebook = torch.tensor([[103.0], [101.0], [99.0], [101.0], [99.0], [97.0]])
+    assert nearest_code(torch.tensor([[100.0], [98.0], [102.0]]), codebook).tolist() == [1, 2, 0]
+    assert not common_offset(torch.randn(500, 8)).any()  # what is about the origin is compared as it is
+
+
+def test_a_broken_code_stays_visible():
+    """It has to come out in the losses, where training notices it."""
+    codebook = torch.randn(32, D)
+    codebook[7] = torch.nan
+    assert nearest_code(torch.randn(5, D), codebook).eq(7).all()
+
+
+class WatchPrecision(torch.utils._python_dispatch.TorchDispatchMode):
+    """Notes at what precision each matrix product runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func._schema.name in ("aten::mm", "aten::addmm"):
+            self.seen.add(torch.get_float32_matmul_precision())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture(params=["highest", "high", "medium"])
+def process_precision(request):
+    torch.set_float32_matmul_precision(request.param)
+    yield request.param
+    torch.set_float32_matmul_precision("highest")
+
+
+def test_choices_do_not_depend_on_the_precision_of_products(quantizer, latents, process_precision):
+    """TF32, a setting of the process, chooses other codes. (Here only the setting is looked at.)"""
+    with WatchPrecision() as watch:
+        output = quantizer(latents)
+        quantizer.codes(output.indices)
+        kmeans(torch.randn(50, D), 10)
+        nearest_code(torch.randn(50, D), torch.randn(5, D))
+    assert watch.seen == {"highest"}
+    assert torch.get_float32_matmul_precision() == process_precision
+
+
+def test_precision_is_restored_exactly():
+    backends = [b for b in (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul) if hasattr(b, "fp32_precision")]
+
+    def settings():
+        return [backend.fp32_precision for backend in backends]
+
+    try:
+        torch.backends.cuda.matmul.allow_tf32 = True  # on its own: no precision of the set of all backends
+        before = settings()
+        with pytest.raises(KeyError), exact_products():
+            assert not torch.backends.cuda.matmul.allow_tf32
+            raise KeyError
+        assert torch.backends.cuda.matmul.allow_tf32 and settings() == before
+        for backend in backends:
+            backend.fp32_precision = "tf32"  # one by one, which the getter for all of them refuses
+        with exact_products():
+            assert set(settings()) <= {"ieee"}
+        assert set(settings()) <= {"tf32"}
+    finally:
+        for backend in backends:
+            backend.fp32_precision = "ieee"
+        torch.set_float32_matmul_precision("highest")
+
+
+def test_threads_share_the_precision():
+    """The first to leave must not take it from the other, nor the last leave it behind."""
+    inside, leave = threading.Event(), threading.Event()
+
+    def other():
+        with exact_products():
+            inside.set()
+            leave.wait(timeout=60)
+
+    torch.set_float32_matmul_precision("high")
+    try:
+        thread = threading.Thread(target=other)
+        thread.start()
+        assert inside.wait(timeout=60)
+        with exact_products():
+            leave.set()
+            thread.join()
+            assert torch.get_float32_matmul_precision() == "highest"
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        leave.set()
+        torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.parametrize("codes", [K, 3000])
+def test_compiled_quantizers_choose_alike(codes, latents, monkeypatch):
+    """In one graph, whatever the number of codes, and with products at full precision there, too."""
+    quantizer = build("vq", num_vq_embeddings=codes).eval()
+    seen, inner = [], lookup._comparable
+
+    def watched(*args):
+        seen.append(torch.get_float32_matmul_precision())
+        return inner(*args)
+
+    monkeypatch.setattr(lookup, "_comparable", watched)
+    vectors = latents.permute(0, 2, 3, 1).reshape(-1, D)
+
+    def search(latents, vectors):
+        return quantizer(latents).indices, near_codes(vectors, quantizer.embedding.weight, 3)
+
+    torch.set_float32_matmul_precision("high")
+    try:
+        compiled = torch.compile(search, backend="aot_eager", fullgraph=True)(latents, vectors)
+        for found, expected in zip(compiled, search(latents, vectors), strict=True):
+            assert torch.equal(found, expected)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+        torch.compiler.reset()
+    assert seen == ["highest"] * 4
+
+
+# ------------------------------------------------------------------------------------------------ options
+
+# An option, another value than its default, and what it needs beside it to have an effect.
+OPTIONS = {
+    "commitment_weight": (0.5, {}),
+    "codebook_weight": (0.5, {}),
+    "codebook_l2_norm": (True, {}),
+    "rotation_trick": (True, {}),
+    "entropy_weight": (0.1, {}),
+    "entropy_temperature": (0.5, {"entropy_weight": 0.1}),
+    "perturbation_share": (0.5, {}),
+    "perturbation_neighbours": (3, {"perturbation_share": 0.5}),
+    "ema_decay": (0.5, {}),
+    "kl_weight": (0.1, {}),
+    "gumbel_temperature": (0.5, {}),
+    "fsq_levels": ((5, 3, 2, 2), {}),
+    "num_codebooks": (4, {}),
+    "base_quantizer": ("simvq", {}),
+    "normalize_on_lookup": (True, {}),
+    "num_used_codes": (5, {}),
+}
+KINDS = {name: {} for name in QUANTIZERS} | {
+    f"{name}-{base}": {"base_quantizer": base} for name in ("residual", "grouped") for base in ("vq_ema", "simvq")
+}
+
+
+def training_step(name: str, **fields) -> list[torch.Tensor]:
+    """All that one step of training with a quantizer comes to: its loss, gradients, new codes, what codes look like."""
+    torch.manual_seed(0)
+    config = VQGANConfig(quantizer=name, **{"vq_embed_dim": D, "num_vq_embeddings": K} | SPECIAL.get(name, {}) | fields)
+    quantizer = QUANTIZERS[name](config)
+    latents = torch.randn(2, D, 5, 3, requires_grad=True)
+    vectors = latents.detach().permute(0, 2, 3, 1).flatten(0, 2)
+    quantizer.initialize_codebook(torch.randn(4 * K, D), torch.Generator().manual_seed(0))
+    torch.manual_seed(1)
+    output = quantizer(latents)
+    loss = (output.quantized * torch.linspace(-1, 1, latents.numel()).view(latents.shape)).sum()
+    for term, value in output.losses.items():
+        loss = loss + getattr(config, f"{term}_weight") * value
+    loss.backward()
+    statistics = quantizer.codebook_statistics(vectors, output.indices.flatten(0, 2))
+    if statistics is not None:
+        quantizer.update_codebook(statistics)
+    gradients = [parameter.grad for parameter in quantizer.parameters() if parameter.grad is not None]
+    looked_up = quantizer.codes(output.indices)
+    return [loss, output.quantized, latents.grad, *gradients, *quantizer.state_dict().values(), looked_up]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("option", OPTIONS)
+def test_every_option_has_an_effect_or_is_refused(option, kind):
+    name, fields = kind.split("-")[0], KINDS[kind]
+    value, beside = OPTIONS[option]
+    if option in fields:
+        fields = {}
+    config = {"quantizer": name} | fields | {option: value}
+    try:
+        after = training_step(name, **fields | beside | {option: value})
+    except ValueError as error:
+        assert option in str(error)
+        if option in idle_options(config):
+            assert f"{option}={value!r} is for quantizer=" in str(error) and f"not for {name!r}" in str(error)
+        return
+    before = training_step(name, **fields | beside)
+    same = len(before) == len(after) and all(map(torch.equal, before, after))
+    assert not same, "neither an effect nor an error"
+
+
+def test_which_options_are_refused():
+    """What the table in the README says of options that combine."""
+    refused = {
+        option: {name for name in QUANTIZERS if option in idle_options({"quantizer": name, option: value})}
+        for option, (value, _) in OPTIONS.items()
+    }
+    rounding = {"fsq", "lfq", "bsq"}
+    assert refused["rotation_trick"] == {"ibq", "gumbel", *rounding}
+    assert refused["perturbation_share"] == refused["codebook_l2_norm"] == {"gumbel", *rounding}
+    assert refused["entropy_weight"] == {"gumbel", "fsq"}
+    assert refused["commitment_weight"] == {"gumbel", "fsq", "bsq"}
+
+
 # ------------------------------------------------------------------------------------------------ vq
 
 
@@ -262,6 +496,47 @@ def test_rotation_trick_is_the_householder_product():
         torch.testing.assert_close(scale * rotation @ z[row].detach(), e[row])
         torch.testing.assert_close(rotation @ rotation.T, torch.eye(5, dtype=torch.float64))
         torch.testing.assert_close(z.grad[row], scale * rotation.T @ grad[row])
+
+
+@pytest.mark.parametrize("function, plain", [
+    (_SquaredError.apply, lambda z, e: ((z - e.detach()).square().mean(), (z.detach() - e).square().mean())),
+    (_PassGradient.apply, lambda z, e: z + e - z.detach()),
+    (lambda z, e: _Rotate.apply(z, e.detach()), lambda z, e: rotated(z, e.detach())),
+])  # fmt: skip
+def test_second_derivatives_are_those_of_the_plain_formula(function, plain):
+    z, e = (torch.randn(5, 3, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    found = []
+    for each in (function, plain):
+        outputs = each(z, e)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        # a loss that is not linear in the outputs, and a penalty on its gradients
+        loss = sum((output**3 * (3 + torch.arange(output.numel()).view(output.shape))).sum() for output in outputs)
+        first = torch.autograd.grad(loss, (z, e), create_graph=True, allow_unused=True, materialize_grads=True)
+        penalty = sum((gradient**3).sum() for gradient in first)
+        found.append([*first, *torch.autograd.grad(penalty, (z, e), allow_unused=True, materialize_grads=True)])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def rotated(z: torch.Tensor, e: torch.Tensor) -> torch.Tensor:
+    """λ R z with λ and R constants, row by row."""
+    rows = []
+    for row, code in zip(z, e, strict=True):
+        z_hat, e_hat = (x.detach() / x.detach().norm() for x in (row, code))
+        r = (z_hat + e_hat) / (z_hat + e_hat).norm()
+        rotation = torch.eye(len(row), dtype=row.dtype) - 2 * r.outer(r) + 2 * e_hat.outer(z_hat)
+        rows.append(code.detach().norm() / row.detach().norm() * rotation @ row)
+    return torch.stack(rows)
+
+
+def test_residual_rotates_by_the_sum_of_its_codes():
+    quantizer = build("residual", rotation_trick=True).double()
+    z = torch.randn(6, D, dtype=torch.float64, requires_grad=True)
+    upstream = torch.randn_like(z)
+    total, _, _ = quantizer.quantize_vectors(z)
+    (found,) = torch.autograd.grad((total * upstream).sum(), z)
+    (expected,) = torch.autograd.grad((rotated(z, total.detach()) * upstream).sum(), z)
+    torch.testing.assert_close(found, expected)
 
 
 def test_entropy_loss_against_its_definition():
@@ -381,10 +656,33 @@ def test_fsq_reaches_every_code_and_numbers_them(levels):
     count = math.prod(levels)
     codes = quantizer.code_vectors(torch.arange(count))
     assert len(codes.unique(dim=0)) == count and codes.abs().max() <= 1
-    # the paper's shift puts the lower of 2 levels below z = -3.8
-    wide = torch.cat([1.5 * torch.randn(200 * count, len(levels)), 12 * torch.rand(200 * count, len(levels)) - 6])
-    _, indices, _ = quantizer.quantize_vectors(wide)
+    _, indices, _ = quantizer.quantize_vectors(1.5 * torch.randn(400 * count, len(levels)))
     assert len(indices.unique()) == count
+
+
+def test_fsq_with_two_levels_is_alive():
+    """The paper's shift, atanh(1) there, left 5 of these 16 codes, and a thousandth of the gradient."""
+    quantizer = build("fsq", fsq_levels=(2, 2, 2, 2))
+    vectors = torch.randn(4000, 4, requires_grad=True)
+    quantized, indices, _ = quantizer.quantize_vectors(vectors)
+    assert indices.bincount(minlength=16).min() > 4000 / 16 / 2
+    assert torch.equal(quantized.detach() == 0, vectors > 0) and quantized.detach().unique().tolist() == [-1, 0]
+    assert torch.autograd.grad(quantized.mean(), vectors)[0].mean() * vectors.numel() > 0.25
+
+
+@pytest.mark.parametrize("levels", [3, 4, 5, 8, 9])
+def test_fsq_is_the_papers_from_three_levels_on(levels):
+    quantizer = build("fsq", fsq_levels=(levels,), vq_embed_dim=1)
+    vectors = torch.linspace(-4, 4, 3001, dtype=torch.float64)[:, None]
+    half, offset = (levels - 1) * 1.001 / 2, 0.0 if levels % 2 else 0.5
+    expected = (torch.tanh(vectors + math.atanh(offset / half)) * half - offset).round() / (levels // 2)
+    torch.testing.assert_close(quantizer.quantize_vectors(vectors)[0], expected)
+
+
+def test_fsq_numbers_stay_in_range_with_many_levels():
+    quantizer = build("fsq", fsq_levels=(5001, 3000))
+    _, indices, _ = quantizer.quantize_vectors(torch.tensor([[20.0, 20.0], [-20.0, -20.0]]))
+    assert indices.tolist() == [5001 * 3000 - 1, 0]
 
 
 def test_lookup_free_codes_are_the_nearest():
@@ -431,6 +729,14 @@ def test_perturbed_choices_are_near_codes_and_only_in_training():
     chosen = quantizer.train().quantize_vectors(vectors)[1]
     assert (near == chosen[:, None]).any(dim=1).all() and (chosen != near[:, 0]).float().mean() > 0.5
     assert torch.equal(quantizer.eval().quantize_vectors(vectors)[1], near[:, 0])
+
+
+def test_perturbed_ibq_draws_among_the_largest_products():
+    quantizer = build("ibq", perturbation_share=1.0, perturbation_neighbours=3)
+    vectors = torch.randn(300, D)
+    near = (vectors @ quantizer.embedding.weight.T).topk(3).indices
+    chosen = quantizer.train().quantize_vectors(vectors)[1]
+    assert (near == chosen[:, None]).any(dim=1).all() and (chosen != near[:, 0]).float().mean() > 0.5
 
 
 def test_plain_codebooks_export_exactly(variant, quantizer, latents):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import multiprocessing
 import os
 import resource
@@ -28,6 +29,7 @@ from hf_vqgan.training import (
     build_accelerator,
     build_state,
     check_distributed_type,
+    measure_scale,
     train,
 )
 
@@ -104,6 +106,24 @@ def test_scaling_factor_gives_unit_variance(image_folder, random_trunk, tmp_path
     untouched = dataclasses.replace(config, latent_statistics_images=0, overwrite_output_dir=True)
     assert "scaling_factor" not in train(untouched, tiny)
     assert VQGANModel.from_pretrained(tmp_path / "run").config.scaling_factor == 1.0
+
+
+@pytest.mark.parametrize("bias", [0.0, 3.7, math.nan])
+def test_latents_without_a_scale_are_warned_of(image_folder, random_trunk, tmp_path, tiny, caplog, monkeypatch, bias):
+    """A dead encoder's run ends all the same, and config.json has numbers in it."""
+
+    def kill(state, dataset):
+        torch.nn.init.zeros_(state.vqgan.quant_conv.weight)
+        torch.nn.init.constant_(state.vqgan.quant_conv.bias, bias)
+        measure_scale(state, dataset)
+        torch.nn.init.zeros_(state.vqgan.quant_conv.bias)
+
+    monkeypatch.setattr("hf_vqgan.training.measure_scale", kill)
+    tiny = VQGANConfig(**TINY, scaling_factor=0.5, shift_factor=0.25)
+    metrics = train(run_config(image_folder, random_trunk, tmp_path / "run", max_train_steps=1), tiny)
+    assert sum("constant or not finite" in record.message for record in caplog.records) == 1
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert (config["scaling_factor"], config["shift_factor"]) == (0.5, 0.25) and "scaling_factor" not in metrics
 
 
 def test_resumed_run_ends_in_the_same_weights(image_folder, random_trunk, tmp_path, tiny):
