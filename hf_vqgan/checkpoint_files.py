@@ -136,11 +136,11 @@ def read_config(config: dict | str | Path | None) -> dict:
     if file.stat().st_size > MOST_CONFIG_BYTES:
         raise ValueError(f"config {file} has {file.stat().st_size} bytes, more than any config ({MOST_CONFIG_BYTES}).")
     try:
-        text = file.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8-sig")
         values = json.loads(text) if file.suffix == ".json" else yaml.load(text, Loader=_ConfigLoader)
     except (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError) as error:  # what the parsers raise
         kind = "JSON" if file.suffix == ".json" else "YAML or JSON"
-        raise ValueError(f"config {file} is not {kind}: {shown(str(error))}") from error
+        raise ValueError(f"config {file} is not {kind}: {plain(str(error))}") from error
     except RecursionError as error:
         raise ValueError(f"config {file} is nested deeper than any config.") from error
     if not isinstance(values, dict):
@@ -161,7 +161,9 @@ def _check_extent(values: dict, source: str) -> None:
         count += 1
         if count > MOST_CONFIG_VALUES or depth > MOST_CONFIG_DEPTH:
             what = f"more than {MOST_CONFIG_VALUES} values" if count > MOST_CONFIG_VALUES else "too many levels"
-            raise ValueError(f"{source} holds {what}, each alias counted as what it stands for: expected a model's config.")
+            raise ValueError(
+                f"{source} holds {what}, each alias counted as what it stands for: expected a model's config."
+            )
         if isinstance(part, dict):
             parts.extend((value, depth + 1) for value in part.values())
         elif isinstance(part, list | tuple):
@@ -183,13 +185,25 @@ _ConfigLoader.add_implicit_resolver(
 )
 
 
-def shown(value: Any) -> str:
-    """`value` for a message: on one line, and short whatever it is."""
-    return _short.repr(value) if not (isinstance(value, str) and value.isprintable() and len(value) < 200) else value
-
-
 _short = reprlib.Repr()
 _short.maxstring = _short.maxother = _short.maxlong = 200
+
+
+def shown(value: Any) -> str:
+    """`value` for a message, as Python writes it, but short whatever it is."""
+    return _short.repr(value)
+
+
+def plain(text: str) -> str:
+    """A name from a file for a message: as it is, or quoted and cut where it would spoil a line."""
+    return text if text.isprintable() and len(text) < 200 else shown(text)
+
+
+def listed(names: Iterable[str], most: int = 8) -> str:
+    """Names from a file for a message, the first `most` of them."""
+    names = list(names)
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(map(plain, names[:most])) + more
 
 
 def read_checkpoint(file: Path, containers: tuple[str, ...] = ("state_dict", "model")) -> Checkpoint:
@@ -212,7 +226,7 @@ def read_checkpoint(file: Path, containers: tuple[str, ...] = ("state_dict", "mo
         _damaged(file, error)
     if opened.refused:
         raise ValueError(
-            f"{file} was not loaded: its pickle calls for {_some(sorted(opened.refused))}, and running that could do "
+            f"{file} was not loaded: its pickle calls for {listed(sorted(opened.refused))}, and running that could do "
             "anything. Only tensors and the bookkeeping of known trainers are read. If you trust the file, load it "
             "yourself, save its state dict with safetensors and convert that."
         )
@@ -225,34 +239,31 @@ def _unwrapped(content: Any, containers: tuple[str, ...], source: str) -> tuple[
     """The state dict inside the content of a training file, and the entry that held it."""
     container = None
     for _ in range(10):  # wrappers can be nested, and a dict can even be in itself
-        entry = next((name for name in containers if isinstance(content, dict) and isinstance(content.get(name), dict)), None)
+        entry = next(
+            (name for name in containers if isinstance(content, dict) and isinstance(content.get(name), dict)), None
+        )
         if entry is None:
             break
         content, container = content[entry], entry
     if not isinstance(content, dict):
         kind = content.kind if isinstance(content, Opaque) else f"a {type(content).__name__}"
-        raise ValueError(f"{source} holds {shown(kind)}, not a state dict.")
+        raise ValueError(f"{source} holds {plain(kind)}, not a state dict.")
     if unnamed := [key.kind for key in content if not isinstance(key, str)]:
-        raise ValueError(f"{source} holds no state dict: {shown(unnamed[0])} stands where a tensor's name should.")
+        raise ValueError(f"{source} holds no state dict: {plain(unnamed[0])} stands where a tensor's name should.")
     others = {name: value for name, value in content.items() if not isinstance(value, StoredTensor)}
     if others:
         kinds = {value.kind for value in others.values() if isinstance(value, Opaque)}
         raise ValueError(
-            f"{source} holds no state dict: {_some(list(others))} are not tensors"
-            + (f" but {_some(sorted(kinds), 3)}" if kinds else "")
+            f"{source} holds no state dict: {', '.join(map(shown, list(others)[:8]))} are not tensors"
+            + (f" but {listed(sorted(kinds), 3)}" if kinds else "")
             + f", and none of the entries {', '.join(containers)} is a dict."
         )
     return content, container
 
 
-def _some(names: list[str], most: int = 8) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(shown(name) for name in names[:most]) + more
-
-
 def _damaged(file: Path, error: Exception) -> NoReturn:
     raise ValueError(
-        f"{file} is damaged, incomplete or no checkpoint ({file.stat().st_size} bytes): {shown(str(error))}. "
+        f"{file} is damaged, incomplete or no checkpoint ({file.stat().st_size} bytes): {plain(str(error))}. "
         "Download it again, or give the file that holds the weights."
     ) from error
 
@@ -293,17 +304,17 @@ def _read_shards(index: Path, containers: tuple[str, ...]) -> Checkpoint:
     places = _shards(index)
     shards = sorted(set(places.values()))
     if absent := [shard for shard in shards if not (index.parent / shard).is_file()]:
-        raise FileNotFoundError(f"{index} names shards that are not there: {_some(absent)}.")
+        raise FileNotFoundError(f"{index} names shards that are not there: {listed(absent)}.")
     # In the Hub's cache the index and its shards are links to files of one other folder.
     folders = {index.parent.resolve(), index.resolve().parent}
     if outside := [shard for shard in shards if (index.parent / shard).resolve().parent not in folders]:
         raise ValueError(
-            f"{index}: its shards {_some(outside)} are links out of the folder. Put the files themselves there."
+            f"{index}: its shards {listed(outside)} are links out of the folder. Put the files themselves there."
         )
     parts = {shard: read_checkpoint(index.parent / shard, containers) for shard in shards}
     if lacking := [name for name, shard in places.items() if name not in parts[shard].shapes]:
-        raise ValueError(f"{index} names tensors that its shards do not hold: {_some(lacking)}.")
+        raise ValueError(f"{index} names tensors that its shards do not hold: {listed(lacking)}.")
     if unnamed := [name for shard in shards for name in parts[shard].shapes if places.get(name) != shard]:
-        raise ValueError(f"{index} does not name tensors that its shards hold: {_some(unnamed)}.")
+        raise ValueError(f"{index} does not name tensors that its shards hold: {listed(unnamed)}.")
     shapes = {name: parts[shard].shapes[name] for name, shard in places.items()}
     return Checkpoint(str(index), shapes, lambda name: parts[places[name]].load(name))

@@ -96,8 +96,9 @@ class PickleReader:
 
     CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
     ARGUMENTS = frozenset(
-        "INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT STRING BINSTRING SHORT_BINSTRING UNICODE "
-        "SHORT_BINUNICODE BINUNICODE BINUNICODE8 BINBYTES SHORT_BINBYTES BINBYTES8 BYTEARRAY8".split()
+        {"INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT", "STRING", "BINSTRING"}
+        | {"SHORT_BINSTRING", "UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8"}
+        | {"BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8"}
     )
 
     def __init__(self):
@@ -245,9 +246,9 @@ class PickleReader:
                 return content
             case "Size", (tuple(sizes),):
                 return sizes
-            case ("_rebuild_parameter" | "_rebuild_parameter_with_state"), (tensor, *_):
+            case (("_rebuild_parameter" | "_rebuild_parameter_with_state"), (tensor, *_)):
                 return tensor
-            case ("_rebuild_tensor" | "_rebuild_tensor_v2"), (_Storage() as storage, offset, shape, strides, *_):
+            case (("_rebuild_tensor" | "_rebuild_tensor_v2"), (_Storage() as storage, offset, shape, strides, *_)):
                 return self._tensor(storage, storage.dtype, offset, shape, strides)
             case "_rebuild_tensor_v3", (_Storage() as storage, offset, shape, strides, _, _, _Name(dtype), *_):
                 dtype = vars(torch).get(dtype.removeprefix("torch."))
@@ -322,8 +323,12 @@ def _read_zip(file: Path, data: mmap.mmap) -> TorchFile:
         raise ValueError("it is a TorchScript program, which only runs. Save its state_dict() with torch.save")
     if len(records) < len(entries):
         raise ValueError("it holds several records of one name")
-    if packed := [entry.filename for entry in entries if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1]:
-        raise ValueError(f"its record {packed[0]!r:.50} is compressed, which torch.save never does. Save it again with torch")
+    if packed := [
+        entry.filename for entry in entries if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1
+    ]:
+        raise ValueError(
+            f"its record {packed[0]!r:.50} is compressed, which torch.save never does. Save it again with torch"
+        )
     (pickle_name,) = [name for name in records if name.endswith("/data.pkl")] or [None]
     if pickle_name is None:
         raise ValueError("it is a zip archive without the record data.pkl of torch.save")
