@@ -36,7 +36,7 @@ WEIGHT_NAMES = (
 )
 WEIGHT_ENDINGS = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 CONFIG_NAMES = ("config.json", "config.yaml", "model.yaml")
-MOST_CONFIG_BYTES = 2**20
+MOST_CONFIG_BYTES = 2**19
 MOST_CONFIG_VALUES = 20_000
 MOST_CONFIG_DEPTH = 50
 
@@ -75,7 +75,8 @@ def locate(path_or_repo: str | Path) -> tuple[Path, Path | None]:
         files = [path] if path.is_file() else sorted(file for file in path.iterdir() if file.is_file())
         weights = path if path.is_file() else path / choose_weights([file.name for file in files], str(path))
         names = (*CONFIG_NAMES, f"{weights.stem}.yaml", f"{weights.stem}.json")
-        return weights, next((weights.parent / name for name in names if (weights.parent / name).is_file()), None)
+        beside = [weights.parent / name for name in names]
+        return weights, next((file for file in beside if file.is_file() and file != weights), None)
     parts = str(path_or_repo).split("/")
     if path.is_absolute() or len(parts) < 2 or parts[0] in (".", ".."):
         raise FileNotFoundError(f"{path_or_repo}: no such file or folder, nor the owner/name of a Hub repository.")
@@ -134,7 +135,7 @@ def read_config(config: dict | str | Path | None) -> dict:
     if not file.is_file():
         raise FileNotFoundError(f"config {file}: no such file.")
     if file.stat().st_size > MOST_CONFIG_BYTES:
-        raise ValueError(f"config {file} has {file.stat().st_size} bytes, more than any config ({MOST_CONFIG_BYTES}).")
+        raise ValueError(f"config {file} has {file.stat().st_size} bytes, expected at most {MOST_CONFIG_BYTES}.")
     try:
         text = file.read_text(encoding="utf-8-sig")
         values = json.loads(text) if file.suffix == ".json" else yaml.load(text, Loader=_ConfigLoader)
@@ -142,7 +143,7 @@ def read_config(config: dict | str | Path | None) -> dict:
         kind = "JSON" if file.suffix == ".json" else "YAML or JSON"
         raise ValueError(f"config {file} is not {kind}: {plain(str(error))}") from error
     except RecursionError as error:
-        raise ValueError(f"config {file} is nested deeper than any config.") from error
+        raise ValueError(f"config {file} is nested deeper than {MOST_CONFIG_DEPTH} levels.") from error
     if not isinstance(values, dict):
         raise ValueError(f"config {file}: expected names and values, found a {type(values).__name__}.")
     _check_extent(values, f"config {file}")
@@ -159,11 +160,10 @@ def _check_extent(values: dict, source: str) -> None:
     while parts:
         part, depth = parts.pop()
         count += 1
-        if count > MOST_CONFIG_VALUES or depth > MOST_CONFIG_DEPTH:
-            what = f"more than {MOST_CONFIG_VALUES} values" if count > MOST_CONFIG_VALUES else "too many levels"
-            raise ValueError(
-                f"{source} holds {what}, each alias counted as what it stands for: expected a model's config."
-            )
+        if count > MOST_CONFIG_VALUES:
+            raise ValueError(f"{source} holds more than {MOST_CONFIG_VALUES} values with its aliases written out.")
+        if depth > MOST_CONFIG_DEPTH:
+            raise ValueError(f"{source} is nested deeper than {MOST_CONFIG_DEPTH} levels.")
         if isinstance(part, dict):
             parts.extend((value, depth + 1) for value in part.values())
         elif isinstance(part, list | tuple):
@@ -177,7 +177,7 @@ class _ConfigLoader(yaml.SafeLoader):
         """Merges (`<<: *alias`) copy what they name, and could do so a billion times."""
         super().flatten_mapping(node)
         if len(node.value) > MOST_CONFIG_VALUES:
-            raise yaml.YAMLError(f"merges (<<) of more than {MOST_CONFIG_VALUES} values")
+            raise yaml.YAMLError(f"one mapping has more than {MOST_CONFIG_VALUES} entries")
 
 
 _ConfigLoader.add_implicit_resolver(

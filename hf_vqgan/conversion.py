@@ -43,6 +43,7 @@ __all__ = ["EXPORTS", "FAMILIES", "convert", "export_original", "load_original",
 logger = logging.get_logger(__name__)
 
 MOST_LEVELS, MOST_LAYERS = 12, 32  # published: 6 and 4. A model of thousands would take minutes to build
+LARGEST = 1e10  # of a weight; a flipped bit of an exponent makes 1e19 or 1e38 of 1
 
 
 def read_settings(config: dict, source: str) -> tuple[str | None, dict]:
@@ -189,9 +190,7 @@ def read_architecture(shapes: dict[str, tuple[int, ...]], family: Family) -> dic
         numbers = {int(text) for text in inside(ours) if re.fullmatch(r"0|[1-9][0-9]{0,8}", text, re.ASCII)}
         found = max((number for number in numbers if number < 2 * len(numbers)), default=-1) + 1
         if found > most:
-            raise ValueError(
-                f"{family.name(ours)}N counts to {found - 1}, and no tokenizer known has more than {most}."
-            )
+            raise ValueError(f"{family.name(ours)}N counts to {found - 1}, and no known tokenizer has over {most}.")
         return found
 
     def size(axis: int, *candidates: str) -> int | None:
@@ -383,7 +382,7 @@ def load_tensors(checkpoint: Checkpoint, model: VQGANModel, sources: dict[str, s
         floats, integers = (torch.float16, torch.bfloat16, torch.float32, torch.float64), (torch.int32, torch.int64)
         if tensor.dtype not in (floats if placeholder.is_floating_point() else integers):
             mistyped.append(f"{sources[ours]} is {tensor.dtype}")
-        elif tensor.is_floating_point() and not tensor.isfinite().all():
+        elif not _is_sane(tensor):
             broken.append(sources[ours])
         tensors[ours] = tensor.reshape(placeholder.shape)
     if mistyped:
@@ -393,8 +392,8 @@ def load_tensors(checkpoint: Checkpoint, model: VQGANModel, sources: dict[str, s
         )
     if broken:
         raise ValueError(
-            f"{checkpoint.source}: {len(broken)} tensors hold NaN or infinity: {listed(broken)}. The "
-            "file is damaged, or its training diverged: take another."
+            f"{checkpoint.source}: {len(broken)} tensors hold NaN, infinity or numbers beyond {LARGEST:g}: "
+            f"{listed(broken)}. The file is damaged, or its training diverged: take another."
         )
     used, codes = tensors.get("quantize.used"), model.config.num_vq_embeddings
     if used is not None and not ((used >= 0) & (used < codes)).all():
@@ -404,6 +403,13 @@ def load_tensors(checkpoint: Checkpoint, model: VQGANModel, sources: dict[str, s
         )
     dtype = reduce(torch.promote_types, {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()})
     return {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
+
+
+def _is_sane(tensor: Tensor) -> bool:
+    if tensor.numel() == 0 or not tensor.is_floating_point():
+        return True
+    low, high = tensor.aminmax()  # NaN if there is one
+    return bool(low >= -LARGEST) and bool(high <= LARGEST)
 
 
 def load_original(

@@ -215,6 +215,8 @@ class PickleReader:
             raise ValueError(f"it describes more than {MOST_STEPS} objects")
 
     def _name(self, module: str, attribute: str) -> _Name:
+        if not (isinstance(module, str) and isinstance(attribute, str)):
+            raise ValueError("a name that is no text")
         name = f"{module}.{attribute}"
         is_dtype = module == "torch" and isinstance(vars(torch).get(attribute), torch.dtype)
         if not (is_dtype or HARMLESS.fullmatch(name)):
@@ -263,7 +265,10 @@ class PickleReader:
                 dtype = STORAGE_TYPES.get(kind.split(".")[-1])
                 if dtype is None or not 0 <= count < 2**63:
                     return Opaque(kind)
-                return self.storages.setdefault(key, _Storage(key, dtype, count))
+                storage = self.storages.setdefault(key, _Storage(key, dtype, count))
+                if (storage.dtype, storage.count) != (dtype, count):
+                    raise ValueError(f"storage {key!r:.50} is described in two ways")
+                return storage
         raise ValueError("a reference to something that is no storage of a tensor")
 
     def _tensor(self, storage: _Storage, dtype: Any, offset: Any, shape: Any, strides: Any) -> StoredTensor | Opaque:
