@@ -239,12 +239,11 @@ def _unwrapped(content: Any, containers: tuple[str, ...], source: str) -> tuple[
     """The state dict inside the content of a training file, and the entry that held it."""
     container = None
     for _ in range(10):  # wrappers can be nested, and a dict can even be in itself
-        entry = next(
-            (name for name in containers if isinstance(content, dict) and isinstance(content.get(name), dict)), None
-        )
-        if entry is None:
+        inner = [name for name in containers if isinstance(content, dict) and isinstance(content.get(name), dict)]
+        if not inner:
             break
-        content, container = content[entry], entry
+        container = inner[0]
+        content = content[container]
     if not isinstance(content, dict):
         kind = content.kind if isinstance(content, Opaque) else f"a {type(content).__name__}"
         raise ValueError(f"{source} holds {plain(kind)}, not a state dict.")
@@ -314,7 +313,7 @@ def _read_shards(index: Path, containers: tuple[str, ...]) -> Checkpoint:
     parts = {shard: read_checkpoint(index.parent / shard, containers) for shard in shards}
     if lacking := [name for name, shard in places.items() if name not in parts[shard].shapes]:
         raise ValueError(f"{index} names tensors that its shards do not hold: {listed(lacking)}.")
-    if unnamed := [name for shard in shards for name in parts[shard].shapes if places.get(name) != shard]:
-        raise ValueError(f"{index} does not name tensors that its shards hold: {listed(unnamed)}.")
+    # What the shards hold beside is part of the checkpoint all the same, so that nothing is passed over.
+    places = {name: shard for shard in shards for name in parts[shard].shapes} | places
     shapes = {name: parts[shard].shapes[name] for name, shard in places.items()}
     return Checkpoint(str(index), shapes, lambda name: parts[places[name]].load(name))

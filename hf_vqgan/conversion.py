@@ -22,6 +22,7 @@ from .configuration_vqgan import VQGANConfig
 from .conversion_export import EXPORTS, export_original, write_safetensors
 from .conversion_families import (
     ANCHORS,
+    CLASS_NAMES,
     CONFIG_PATHS,
     FAMILIES,
     IBQ_SETTINGS,
@@ -32,6 +33,7 @@ from .conversion_families import (
     PREFIXES,
     REQUIRED_SETTINGS,
     SETTINGS,
+    USE_EMA,
     Family,
     paper_weights,
 )
@@ -43,6 +45,8 @@ __all__ = ["EXPORTS", "FAMILIES", "convert", "export_original", "load_original",
 logger = logging.get_logger(__name__)
 
 MOST_LEVELS, MOST_LAYERS = 12, 32  # published: 6 and 4. A model of thousands would take minutes to build
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+INTEGERS = (torch.int32, torch.int64)
 LARGEST = 1e10  # of a weight; a flipped bit of an exponent makes 1e19 or 1e38 of 1
 
 
@@ -59,9 +63,7 @@ def read_settings(config: dict, source: str) -> tuple[str | None, dict]:
         if isinstance(found, dict):
             part = found
             break
-    kinds = {
-        key: part[key] for key in ("target", "class_path", "_class_name", "model_type") if part.get(key) is not None
-    }
+    kinds = {name: part[name] for name in CLASS_NAMES if part.get(name) is not None}
     settings = next((part[key] for key in ("params", "init_args") if isinstance(part.get(key), dict)), part)
     ddconfig = settings.get("ddconfig") or {}
     if not isinstance(ddconfig, dict):
@@ -90,16 +92,15 @@ def recognise(checkpoint: Checkpoint, kind: str | None, settings: dict, format: 
     for pattern, title, reason in OTHER_TOKENIZERS:
         if has(pattern):
             raise ValueError(
-                f"{checkpoint.source} is {title}, which VQGANModel cannot hold: {reason}. Nothing was loaded."
+                f"{checkpoint.source} is {title}, which this package does not read: {reason}. Nothing was loaded."
             )
     fitting = [name for name, family in FAMILIES.items() if all(map(has, family.keys))]
     # Keys of the same family tree: Janus counts decoder levels from below, so that its first has the upsampling.
     if "taming" in fitting and has(r"decoder\.up\.0\.upsample\."):
         fitting = ["janus"]
     # open-muse wrote MoVQ's attention as linear layers, of two dimensions.
-    if "movq" in fitting and any(
-        len(shapes.get(f"{half}.mid.attn_1.q.weight", ())) == 2 for half in ("encoder", "decoder")
-    ):
+    projections = [shapes.get(f"{half}.mid.attn_1.q.weight", ()) for half in ("encoder", "decoder")]
+    if "movq" in fitting and 2 in map(len, projections):
         fitting = ["openmuse_movq"]
     if format != "auto":
         if not all(map(has, FAMILIES[format].keys)):
@@ -146,7 +147,7 @@ def _is_negative(checkpoint: Checkpoint, name: str) -> bool:
     if checkpoint.shapes.get(name) != ():
         return False
     number = checkpoint.load(name)
-    return number.dtype in (torch.int32, torch.int64) and int(number) < 0
+    return number.dtype in INTEGERS and int(number) < 0
 
 
 def find_prefix(checkpoint: Checkpoint) -> str:
@@ -270,11 +271,13 @@ def read_contradictions(settings: dict, architecture: dict) -> list[str]:
         for name in names
         if settings.get(name) is not None and ours in architecture
     }
-    for ours, names in MULTIPLIERS.items():
-        for name in names:
-            if settings.get(name) is not None and ours in architecture and "stem_channels" in architecture:
-                stem = architecture["stem_channels"]
-                said[name] = (settings[name], [channels / stem for channels in architecture[ours]])
+    stem = architecture.get("stem_channels")
+    said |= {
+        name: (settings[name], [channels / stem for channels in architecture[ours]])
+        for ours, names in MULTIPLIERS.items()
+        for name in names
+        if settings.get(name) is not None and ours in architecture and stem
+    }
     return [
         f"{name}={shown(config)} but {shown(tensors)}"
         for name, (config, tensors) in said.items()
@@ -379,16 +382,15 @@ def load_tensors(checkpoint: Checkpoint, model: VQGANModel, sources: dict[str, s
     tensors, mistyped, broken = {}, [], []
     for ours, placeholder in model.state_dict().items():
         tensor = checkpoint.load(sources[ours])
-        floats, integers = (torch.float16, torch.bfloat16, torch.float32, torch.float64), (torch.int32, torch.int64)
-        if tensor.dtype not in (floats if placeholder.is_floating_point() else integers):
+        if tensor.dtype not in (FLOATS if placeholder.is_floating_point() else INTEGERS):
             mistyped.append(f"{sources[ours]} is {tensor.dtype}")
         elif not _is_sane(tensor):
             broken.append(sources[ours])
         tensors[ours] = tensor.reshape(placeholder.shape)
     if mistyped:
         raise ValueError(
-            f"{checkpoint.source}: {listed(mistyped)}. Expected weights in "
-            "float16, bfloat16, float32 or float64, and code numbers in int64. Save them again in one of these."
+            f"{checkpoint.source}: {listed(mistyped)}. Expected weights in float16, bfloat16, float32 or float64, and "
+            "numbers of codes in int64. Save them again in one of these."
         )
     if broken:
         raise ValueError(
@@ -444,6 +446,8 @@ def load_original(
     family = FAMILIES[name]
     shadow = choose_shadow(checkpoint, family, prefix, settings, weights)
     described = kind is not None or any(settings.get(name) is not None for names in SETTINGS.values() for name in names)
+    if shadow is None and weights == "auto" and family.prefers_shadow and settings.get("use_ema"):
+        assumptions.append("the weights: raw, as the file has no moving averages in spite of use_ema: true")
     if not described:
         assumptions += [f"{name}: taken as {value}" for name, value in family.unseen.items() if name not in settings]
     if assumptions:
@@ -471,9 +475,12 @@ def choose_shadow(
     Where the moving average of each weight is, if that is what to load; `None` for the weights themselves.
 
     Raises:
-        ValueError: if moving averages are asked for and the file has none.
+        ValueError: if moving averages are asked for and the file has none, or `use_ema` is neither true nor false.
     """
-    evaluated = family.prefers_shadow and settings.get("use_ema") is not False
+    try:
+        evaluated = family.prefers_shadow and USE_EMA.read(settings) is not False
+    except ValueError as error:
+        raise ValueError(f"{checkpoint.source}, read as {family.title}: {error}") from error
     if weights == "raw" or (weights == "auto" and not evaluated):
         return None
     anchor = family.shadow and prefix + family.shadow("encoder.conv_in.weight")

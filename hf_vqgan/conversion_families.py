@@ -354,7 +354,8 @@ OPTIONS = (
     Option("lookup_from_codebook", ("lookup_from_codebook",), bool),
     Option("codebook_l2_norm", ("codebook_l2_norm",), bool),
 )
-# Tokenizers whose keys are like those of FAMILIES, but which compute otherwise: (pattern of a name, what, why not)
+USE_EMA = Option("use_ema", ("use_ema",), bool)  # whether the original's evaluation takes the moving averages
+# Tokenizers whose keys are like those of FAMILIES, and which compute otherwise: (pattern of a name, title, reason)
 OTHER_TOKENIZERS = (
     (r"quantize\.quant_resi\.", "a multi-scale VQVAE of VAR", "it quantizes each image at many scales"),
     (
@@ -365,7 +366,7 @@ OTHER_TOKENIZERS = (
     (
         r"quantizer\.codebooks\.",
         "RQ-VAE",
-        "its residual quantizer has codebooks with a row of padding, which the importer does not read yet",
+        "its residual quantizer, with a row of padding in each codebook, is none of this package's",
     ),
     (
         r"decoder\.adaptive\.|encoder\.mid_block\.\d+\.",
@@ -378,6 +379,7 @@ OTHER_TOKENIZERS = (
         "its halves have levels of different numbers of blocks",
     ),
 )
+CLASS_NAMES = ("target", "class_path", "_class_name", "model_type")
 # Paths to the tokenizer's part of a config; the first that exists is read.
 CONFIG_PATHS = (
     ("model", "params", "first_stage_config"),

@@ -69,8 +69,8 @@ class Network:
                 )
             if not (found.is_floating_point() and found.isfinite().all()):
                 raise ValueError(
-                    f"not the weights of torchvision's {self.torchvision_name}: {source} is {found.dtype} or holds NaN or "
-                    "infinity, expected finite floating-point numbers."
+                    f"not the weights of torchvision's {self.torchvision_name}: {source} is {found.dtype} or holds "
+                    "NaN or infinity, expected finite floating-point numbers."
                 )
             wanted[name] = found.to(torch.get_default_dtype()).contiguous().clone()  # apart from the file
         return wanted

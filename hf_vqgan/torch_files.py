@@ -45,7 +45,7 @@ STORAGE_TYPES = {
 HARMLESS = re.compile(
     r"torch\.((cuda|sparse|storage)\.)*(\w+Storage|\w+Tensor|Tensor|Size|device)"
     r"|torch\._utils\._rebuild_\w+|torch\._tensor\._rebuild_from_type_v2|torch\.nn\.parameter\.Parameter"
-    r"|torch\.serialization\._get_layout"
+    r"|torch\.serialization\._get_layout|torch\.torch_version\.TorchVersion"
     r"|(builtins|__builtin__)\.(bool|bytearray|bytes|complex|dict|float|frozenset|int|list|long|set|slice|str|tuple)"
     r"|collections\.(Counter|OrderedDict|defaultdict|deque)|_codecs\.encode|copyreg\._reconstructor"
     r"|datetime\.(datetime|timedelta)|typing\.Any"

@@ -104,6 +104,24 @@ def test_golden(name, weights, tmp_path):
     assert kept.keys() == weights.keys() and all(torch.equal(kept[key], weights[key]) for key in kept)
 
 
+@pytest.mark.parametrize(
+    "key, title",
+    [
+        ("quantize.quant_resi.qresi_ls.0.weight", "a multi-scale VQVAE of VAR"),
+        ("quantizer.lfq.mask", "the multi-scale tokenizer of Infinity"),
+        ("encoder.conv_in.conv.weight", "the multi-scale tokenizer of Infinity"),
+        ("quantizer.codebooks.0.weight", "RQ-VAE"),
+        ("decoder.adaptive.0.gamma.weight", "Open-MAGVIT2 of SEED-Voken"),
+        ("quantize.power_vals", "MAGVITv2 of Show-o"),
+    ],
+)
+def test_another_kind_is_refused_by_name(key, title, tmp_path):
+    folder = save_original(Original(), tmp_path, TAMING_TARGET, "state_dict", **{key: torch.zeros(1)})
+    for format in ("auto", "taming"):
+        with pytest.raises(ValueError, match=f"is {title}, which this package does not read: "):
+            VQGANModel.from_original(folder, format)
+
+
 @pytest.mark.parametrize("format", ["auto", "taming", "ibq"])
 @pytest.mark.parametrize("name", REFUSED_GOLDENS)
 def test_golden_of_another_kind_is_refused(name, format):
@@ -111,7 +129,7 @@ def test_golden_of_another_kind_is_refused(name, format):
     folder = golden(name)
     file = folder / json.loads((folder / "meta.json").read_text())["checkpoint"]
     for config in (None, {}):
-        with pytest.raises(ValueError, match=f"is {REFUSED_GOLDENS[name]}, which VQGANModel cannot hold: "):
+        with pytest.raises(ValueError, match=f"is {REFUSED_GOLDENS[name]}, which this package does not read: "):
             VQGANModel.from_original(file, format, config)
 
 
@@ -459,7 +477,7 @@ def test_each_assumption_is_said_once_with_what_settles_it(tmp_path, monkeypatch
     assert VQGANModel.from_original(voken, format="seed_voken").config.quantizer == "vq"
 
 
-def test_seed_voken_evaluates_the_averages_of_its_vqmodel_too(tmp_path):
+def test_seed_voken_evaluates_the_averages_of_its_vqmodel_too(tmp_path, monkeypatch):
     original = Original()
     raw = original.state_dict()["encoder.conv_in.weight"]
     averages = flat_shadow(original.state_dict()) | {"model_ema.num_updates": torch.tensor(-1, dtype=torch.int32)}
@@ -468,6 +486,16 @@ def test_seed_voken_evaluates_the_averages_of_its_vqmodel_too(tmp_path):
         kind = {"class_path": "src.IBQ.models.ibqgan.VQModel", "init_args": {"use_ema": use_ema}}
         model = VQGANModel.from_original(folder, config={"model": kind})
         assert model.config.quantizer == "vq" and torch.equal(model.encoder.conv_in.weight, raw + shift)
+    kind["init_args"] = {"use_ema": "no"}
+    with pytest.raises(ValueError, match="use_ema='no', expected true or false"):
+        VQGANModel.from_original(folder, config={"model": kind})
+
+    said = []
+    monkeypatch.setattr(conversion.logger, "warning", said.append)
+    folder = save_original(original, tmp_path / "without", {}, "state_dict")
+    kind["init_args"] = {"use_ema": True}
+    assert torch.equal(VQGANModel.from_original(folder, config={"model": kind}).encoder.conv_in.weight, raw)
+    assert len(said) == 1 and "no moving averages in spite of use_ema" in said[0]
 
 
 EMU = {"ddconfig": {"ch": 32, "z_channels": 6}, "n_embed": 24, "embed_dim": 4, "beta": 0.25}
