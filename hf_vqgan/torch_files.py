@@ -13,6 +13,7 @@ import pickletools
 import re
 import struct
 import sys
+import warnings
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -311,7 +312,9 @@ def read_torch_file(file: Path) -> TorchFile:
         with open(file, "rb") as stream:
             data = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
         read = _read_zip if data[:4] == b"PK\3\4" else _read_legacy
-        return read(file, data)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of escapes in damaged text
+            return read(file, data)
     except (
         # all that nonsense makes Python's own parsers raise
         ValueError, LookupError, TypeError, AttributeError, EOFError, OverflowError, NotImplementedError, struct.error,

@@ -171,7 +171,7 @@ def test_pickles_without_end_end(tmp_path):
     [
         b"", b"\x80\x02", STOP, b"0.", b"h\x09.", b"t.", b"\x80\x02}(X\xff\xff\xff\x7fa",
         b"\x8d" + b"\xff" * 7 + b"\x7f", b"\x95" + b"\xff" * 8, b"\x96" + b"\xff" * 7 + b"\x7f",
-        b"I" + b"9" * 10_000 + b"\n.", b"Fx\n.", b"S'\\x'\n.",
+        b"I" + b"9" * 10_000 + b"\n.", b"Fx\n.", b"S'\\x'\n.", b"S'\\\x89'\n.",
         b"V\\ud800\n.", b"\x82\x01.", b"\x97.", b"Pname\n.", b"cos\n.", b"NN\x93.", b"NR.", b"Nb.", b"(o.", b"}(NNNu.",
         b"\xff", b"\x80\xff.",
     ],
