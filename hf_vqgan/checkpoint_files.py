@@ -4,21 +4,19 @@ Tensors are mapped from the file, not read: memory is spent on those that are us
 """
 
 import json
-import pickle
 import re
-import types
-import zipfile
-from collections import OrderedDict
+import reprlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import huggingface_hub
-import torch
 import yaml
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from .torch_files import Opaque, StoredTensor, read_torch_file
 
 # In a folder, the first of these that is there is taken; failing all, the only file with a known ending.
 WEIGHT_NAMES = (
@@ -30,12 +28,17 @@ WEIGHT_NAMES = (
     "diffusion_pytorch_model.bin.index.json",
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
+    "pytorch_model.safetensors",
     "model.ckpt",
     "last.ckpt",
     "vq.pt",
+    "model.pt",
 )
 WEIGHT_ENDINGS = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 CONFIG_NAMES = ("config.json", "config.yaml", "model.yaml")
+MOST_CONFIG_BYTES = 2**19
+MOST_CONFIG_VALUES = 20_000
+MOST_CONFIG_DEPTH = 50
 
 
 @dataclass
@@ -66,11 +69,14 @@ def locate(path_or_repo: str | Path) -> tuple[Path, Path | None]:
         ValueError: if a folder holds several files that could be meant.
     """
     path = Path(path_or_repo)
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise FileNotFoundError(f"{path_or_repo} is neither a file nor a folder.")
     if path.exists():
         files = [path] if path.is_file() else sorted(file for file in path.iterdir() if file.is_file())
         weights = path if path.is_file() else path / choose_weights([file.name for file in files], str(path))
         names = (*CONFIG_NAMES, f"{weights.stem}.yaml", f"{weights.stem}.json")
-        return weights, next((weights.parent / name for name in names if (weights.parent / name).is_file()), None)
+        beside = [weights.parent / name for name in names]
+        return weights, next((file for file in beside if file.is_file() and file != weights), None)
     parts = str(path_or_repo).split("/")
     if path.is_absolute() or len(parts) < 2 or parts[0] in (".", ".."):
         raise FileNotFoundError(f"{path_or_repo}: no such file or folder, nor the owner/name of a Hub repository.")
@@ -110,28 +116,94 @@ def _download(repo: str, inner: str) -> tuple[Path, Path | None]:
 
 
 def read_config(config: dict | str | Path | None) -> dict:
-    """A JSON or YAML file, or a dict as it is; `{}` for none."""
-    if config is None or isinstance(config, dict):
-        return config or {}
+    """
+    A JSON or YAML file, or a dict as it is; `{}` for none.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is neither JSON nor YAML, or larger, deeper or, with its aliases written out, longer than any
+            config.
+    """
+    if config is None:
+        return {}
+    if isinstance(config, dict):
+        _check_extent(config, "config")
+        return config
+    if not isinstance(config, str | Path):
+        raise ValueError(f"config is a {type(config).__name__}: expected a dict, or the path of a JSON or YAML file.")
     file = Path(config)
     if not file.is_file():
         raise FileNotFoundError(f"config {file}: no such file.")
+    if file.stat().st_size > MOST_CONFIG_BYTES:
+        raise ValueError(f"config {file} has {file.stat().st_size} bytes, expected at most {MOST_CONFIG_BYTES}.")
     try:
-        values = yaml.load(file.read_text(encoding="utf-8"), Loader=_ConfigLoader)  # JSON is YAML
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"config {file} is neither YAML nor JSON: {error}") from error
+        text = file.read_text(encoding="utf-8-sig")
+        values = json.loads(text) if file.suffix == ".json" else yaml.load(text, Loader=_ConfigLoader)
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError) as error:  # what the parsers raise
+        kind = "JSON" if file.suffix == ".json" else "YAML or JSON"
+        raise ValueError(f"config {file} is not {kind}: {plain(str(error))}") from error
+    except RecursionError as error:
+        raise ValueError(f"config {file} is nested deeper than {MOST_CONFIG_DEPTH} levels.") from error
     if not isinstance(values, dict):
         raise ValueError(f"config {file}: expected names and values, found a {type(values).__name__}.")
+    _check_extent(values, f"config {file}")
     return values
+
+
+def _check_extent(values: dict, source: str) -> None:
+    """
+    Refuse what grows without bound when it is walked or printed: YAML's aliases can repeat a part a billion times, or
+    put it into itself, in a few lines.
+    """
+    parts: list[tuple[Any, int]] = [(values, 1)]
+    count = 0
+    while parts:
+        part, depth = parts.pop()
+        count += 1
+        if count > MOST_CONFIG_VALUES:
+            raise ValueError(f"{source} holds more than {MOST_CONFIG_VALUES} values with its aliases written out.")
+        if depth > MOST_CONFIG_DEPTH:
+            raise ValueError(f"{source} is nested deeper than {MOST_CONFIG_DEPTH} levels.")
+        if isinstance(part, dict):
+            parts.extend((value, depth + 1) for value in part.values())
+        elif isinstance(part, list | tuple):
+            parts.extend((value, depth + 1) for value in part)
 
 
 class _ConfigLoader(yaml.SafeLoader):
     """Reads 1e-8 as the number that it is in JSON and to OmegaConf. PyYAML wants 1.0e-8, and would give a string."""
 
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Merges (`<<: *alias`) copy what they name, and could do so a billion times."""
+        super().flatten_mapping(node)
+        if len(node.value) > MOST_CONFIG_VALUES:
+            raise yaml.YAMLError(f"one mapping has more than {MOST_CONFIG_VALUES} entries")
+
 
 _ConfigLoader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
 )
+
+
+_short = reprlib.Repr()
+_short.maxstring = _short.maxother = _short.maxlong = 200
+
+
+def shown(value: Any) -> str:
+    """`value` for a message, as Python writes it, but short whatever it is."""
+    return _short.repr(value)
+
+
+def plain(text: str) -> str:
+    """A name from a file for a message: as it is, or quoted and cut where it would spoil a line."""
+    return text if text.isprintable() and len(text) < 200 else shown(text)
+
+
+def listed(names: Iterable[str], most: int = 8) -> str:
+    """Names from a file for a message, the first `most` of them."""
+    names = list(names)
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(map(plain, names[:most])) + more
 
 
 def read_checkpoint(file: Path, containers: tuple[str, ...] = ("state_dict", "model")) -> Checkpoint:
@@ -148,163 +220,100 @@ def read_checkpoint(file: Path, containers: tuple[str, ...] = ("state_dict", "mo
         return _read_shards(file, containers)
     if file.suffix == ".safetensors":
         return _read_safetensors(file)
-    content, container = _read_torch(file), None
-    while isinstance(content, dict):  # wrappers can be nested
-        entry = next((name for name in containers if isinstance(content.get(name), dict)), None)
-        if entry is None:
-            break
-        content, container = content[entry], entry
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} holds a {type(content).__name__}, not a state dict.")
-    others = [name for name, value in content.items() if not isinstance(value, Tensor)]
-    if others:
+    try:
+        opened = read_torch_file(file)
+    except ValueError as error:
+        _damaged(file, error)
+    if opened.refused:
         raise ValueError(
-            f"{file} holds no state dict: {_some(others)} are not tensors, and none of the entries "
-            f"{', '.join(containers)} is a dict."
+            f"{file} was not loaded: its pickle calls for {listed(sorted(opened.refused))}, and running that could do "
+            "anything. Only tensors and the bookkeeping of known trainers are read. If you trust the file, load it "
+            "yourself, save its state dict with safetensors and convert that."
         )
-    return Checkpoint(str(file), {name: tuple(value.shape) for name, value in content.items()}, content.get, container)
+    content, container = _unwrapped(opened.content, containers, str(file))
+    shapes = {name: tensor.shape for name, tensor in content.items()}
+    return Checkpoint(str(file), shapes, lambda name: opened.load(content[name]), container)
 
 
-def _some(names: list, most: int = 8) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(repr(name) for name in names[:most]) + more
+def _unwrapped(content: Any, containers: tuple[str, ...], source: str) -> tuple[dict[str, StoredTensor], str | None]:
+    """The state dict inside the content of a training file, and the entry that held it."""
+    container = None
+    for _ in range(10):  # wrappers can be nested, and a dict can even be in itself
+        inner = [name for name in containers if isinstance(content, dict) and isinstance(content.get(name), dict)]
+        if not inner:
+            break
+        container = inner[0]
+        content = content[container]
+    if not isinstance(content, dict):
+        kind = content.kind if isinstance(content, Opaque) else f"a {type(content).__name__}"
+        raise ValueError(f"{source} holds {plain(kind)}, not a state dict.")
+    if unnamed := [key.kind for key in content if not isinstance(key, str)]:
+        raise ValueError(f"{source} holds no state dict: {plain(unnamed[0])} stands where a tensor's name should.")
+    others = {name: value for name, value in content.items() if not isinstance(value, StoredTensor)}
+    if others:
+        kinds = {value.kind for value in others.values() if isinstance(value, Opaque)}
+        raise ValueError(
+            f"{source} holds no state dict: {', '.join(map(shown, list(others)[:8]))} are not tensors"
+            + (f" but {listed(sorted(kinds), 3)}" if kinds else "")
+            + f", and none of the entries {', '.join(containers)} is a dict."
+        )
+    return content, container
 
 
 def _damaged(file: Path, error: Exception) -> NoReturn:
     raise ValueError(
-        f"{file} is damaged, incomplete or no checkpoint ({file.stat().st_size} bytes): {error}. Download it again."
+        f"{file} is damaged, incomplete or no checkpoint ({file.stat().st_size} bytes): {plain(str(error))}. "
+        "Download it again, or give the file that holds the weights."
     ) from error
 
 
 def _read_safetensors(file: Path) -> Checkpoint:
     try:
         handle = safe_open(file, framework="pt")
+        shapes = {name: tuple(handle.get_slice(name).get_shape()) for name in handle.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         _damaged(file, error)
-    shapes = {name: tuple(handle.get_slice(name).get_shape()) for name in handle.keys()}  # noqa: SIM118
     return Checkpoint(str(file), shapes, handle.get_tensor)
 
 
 def _shards(index: Path) -> dict[str, str]:
+    """
+    The file of each tensor.
+
+    Raises:
+        ValueError: if `index` has no such list, or a file in it is not in the folder of `index`: an index must not make
+            us read any other file.
+    """
     try:
-        return dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-    except (ValueError, KeyError, TypeError) as error:
+        places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{index} is not the index of a sharded checkpoint: it has no 'weight_map'.") from error
+    if not isinstance(places, dict) or not all(isinstance(shard, str) for shard in places.values()):
+        raise ValueError(f"{index}: its 'weight_map' must give the name of a file for each tensor.")
+    for shard in set(places.values()):
+        if Path(shard).name != shard or not shard.endswith(WEIGHT_ENDINGS):
+            raise ValueError(
+                f"{index} names the shard {shown(shard)}: expected the name of a file beside it that ends in "
+                f"{', '.join(WEIGHT_ENDINGS)}. Nothing was read."
+            )
+    return places
 
 
 def _read_shards(index: Path, containers: tuple[str, ...]) -> Checkpoint:
     places = _shards(index)
-    if absent := sorted({shard for shard in places.values() if not (index.parent / shard).is_file()}):
-        raise FileNotFoundError(f"{index} names shards that are not there: {', '.join(absent)}.")
-    parts = {shard: read_checkpoint(index.parent / shard, containers) for shard in sorted(set(places.values()))}
+    shards = sorted(set(places.values()))
+    if absent := [shard for shard in shards if not (index.parent / shard).is_file()]:
+        raise FileNotFoundError(f"{index} names shards that are not there: {listed(absent)}.")
+    # In the Hub's cache the index and its shards are links to files of one other folder.
+    folders = {index.parent.resolve(), index.resolve().parent}
+    if outside := [shard for shard in shards if (index.parent / shard).resolve().parent not in folders]:
+        raise ValueError(
+            f"{index}: its shards {listed(outside)} are links out of the folder. Put the files themselves there."
+        )
+    parts = {shard: read_checkpoint(index.parent / shard, containers) for shard in shards}
     if lacking := [name for name, shard in places.items() if name not in parts[shard].shapes]:
-        raise ValueError(f"{index} names tensors that its shards do not hold: {_some(lacking)}.")
+        raise ValueError(f"{index} names tensors that its shards do not hold: {listed(lacking)}.")
+    # What the shards hold beside is part of the checkpoint all the same, so that nothing is passed over.
+    places = {name: shard for shard in shards for name in parts[shard].shapes} | places
     shapes = {name: parts[shard].shapes[name] for name, shard in places.items()}
     return Checkpoint(str(index), shapes, lambda name: parts[places[name]].load(name))
-
-
-def _read_torch(file: Path) -> object:
-    is_zip = zipfile.is_zipfile(file)
-    if is_zip and any(name.endswith("/constants.pkl") for name in zipfile.ZipFile(file).namelist()):
-        raise ValueError(f"{file} is a TorchScript program, which only runs. Save its state_dict() with torch.save.")
-    options = {"map_location": "cpu", "mmap": is_zip}
-    try:
-        return torch.load(file, weights_only=True, **options)
-    except pickle.UnpicklingError:
-        pass  # more than tensors in it: see what
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        _damaged(file, error)
-    refused: set[str] = set()
-    failure, content = None, None
-    try:
-        content = torch.load(file, weights_only=False, pickle_module=_cautious_pickle(refused), **options)
-    except Exception as error:  # a damaged pickle can fail in any way
-        failure = error
-    if refused:
-        raise ValueError(
-            f"{file} was not loaded: its pickle calls for {', '.join(sorted(refused))}, and running that could do "
-            "anything. Only tensors and the bookkeeping of known trainers are read. If you trust the file, load it "
-            "yourself, save its state dict with safetensors and convert that."
-        )
-    if failure is not None:
-        _damaged(file, failure)
-    return content
-
-
-class _Inert:
-    """Stands where a checkpoint holds an object of its trainer: takes whatever it is given and keeps nothing."""
-
-    def __new__(cls, *args, **kwargs):
-        return object.__new__(cls)
-
-    def __init__(self, *args, **kwargs):
-        pass
-
-    def _take(self, *args, **kwargs):
-        pass
-
-    __setstate__ = __setitem__ = append = extend = add = update = _take
-
-
-# What a pickle may really use: the parts tensors and plain containers are made of, none of which runs anything.
-REAL = {
-    ("collections", "OrderedDict"): OrderedDict,
-    ("torch", "Size"): torch.Size,
-    ("torch", "device"): torch.device,
-    ("torch._utils", "_rebuild_tensor"): torch._utils._rebuild_tensor,
-    ("torch._utils", "_rebuild_tensor_v2"): torch._utils._rebuild_tensor_v2,
-    ("torch._utils", "_rebuild_parameter"): torch._utils._rebuild_parameter,
-} | {
-    (module, kind.__name__): kind
-    for module in ("builtins", "__builtin__")
-    for kind in (bool, bytearray, bytes, complex, dict, float, frozenset, int, list, set, str, tuple)
-}
-REAL["__builtin__", "long"] = int  # how torch.save, in Python 2's words, writes int
-# Whose objects are bookkeeping, replaced by placeholders. Their code is neither imported nor run.
-BOOKKEEPING = frozenset(
-    {
-        "argparse",
-        "easydict",
-        "lightning",
-        "lightning_fabric",
-        "lightning_utilities",
-        "numpy",
-        "omegaconf",
-        "pathlib",
-        "pytorch_lightning",
-        "torchmetrics",
-        "yacs",
-    }
-)
-BOOKKEEPING_NAMES = frozenset(
-    {
-        ("_codecs", "encode"),
-        ("collections", "defaultdict"),
-        ("collections", "deque"),
-        ("copyreg", "_reconstructor"),
-        ("datetime", "datetime"),
-        ("datetime", "timedelta"),
-        ("typing", "Any"),
-    }
-)
-
-
-def _cautious_pickle(refused: set[str]) -> types.SimpleNamespace:
-    """
-    What `torch.load` needs of a pickle module. Only names in `REAL` are resolved; all others become placeholders, and
-    those that are not known bookkeeping are noted in `refused`.
-    """
-
-    class Unpickler(pickle.Unpickler):
-        def find_class(self, module: str, name: str):
-            if (module, name) in REAL:
-                return REAL[module, name]
-            if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
-                return getattr(torch, name)
-            if module.partition(".")[0] not in BOOKKEEPING and (module, name) not in BOOKKEEPING_NAMES:
-                refused.add(f"{module}.{name}")
-            return type(name, (_Inert,), {})
-
-    return types.SimpleNamespace(
-        __name__="cautious_pickle", Unpickler=Unpickler, load=lambda file, **options: Unpickler(file, **options).load()
-    )

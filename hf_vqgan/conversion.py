@@ -5,102 +5,149 @@ weight of the model up under its original name, export writes it there. Sizes an
 shapes; a config, where there is one, adds what they do not show and is held against what they do.
 """
 
-import json
 import os
 import re
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial, reduce
+from functools import reduce
 from pathlib import Path
 
-import numpy as np
 import torch
-import yaml
-from diffusers import __version__ as diffusers_version
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers.utils import SAFE_WEIGHTS_NAME, logging
 
-from .checkpoint_files import Checkpoint, locate, read_checkpoint, read_config
+from .checkpoint_files import Checkpoint, listed, locate, plain, read_checkpoint, read_config, shown
 from .configuration_vqgan import VQGANConfig, idle_options
+from .conversion_export import EXPORTS, export_original, write_safetensors
 from .conversion_families import (
     ANCHORS,
+    CLASS_NAMES,
     CONFIG_PATHS,
     FAMILIES,
+    IBQ_SETTINGS,
+    MULTIPLIERS,
     NOT_REPRESENTED,
+    OPTIONS,
+    OTHER_TOKENIZERS,
     PREFIXES,
     REQUIRED_SETTINGS,
     SETTINGS,
+    USE_EMA,
     Family,
     paper_weights,
 )
 from .image_processing_vqgan import VQGANImageProcessor
 from .modeling_vqgan import VQGANModel
 
+__all__ = ["EXPORTS", "FAMILIES", "convert", "export_original", "load_original", "write_safetensors"]
+
 logger = logging.get_logger(__name__)
 
+MOST_LEVELS, MOST_LAYERS = 12, 32  # published: 6 and 4. A model of thousands would take minutes to build
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+INTEGERS = (torch.int32, torch.int64)
+LARGEST = 1e10  # of a weight; a flipped bit of an exponent makes 1e19 or 1e38 of 1
 
-def read_settings(config: dict) -> tuple[str | None, dict]:
-    """The class name and the settings of the tokenizer in a config, whatever project it comes from."""
+
+def read_settings(config: dict, source: str) -> tuple[str | None, dict]:
+    """
+    The class name and the settings of the tokenizer in a config, whatever project it comes from.
+
+    Raises:
+        ValueError: if what should be a name or a group of settings is something else.
+    """
     part = config
     for path in CONFIG_PATHS:
         found = reduce(lambda inner, key: inner.get(key) if isinstance(inner, dict) else None, path, config)
         if isinstance(found, dict):
             part = found
             break
-    kind = next((part[key] for key in ("target", "class_path", "_class_name", "model_type") if key in part), None)
+    kinds = {name: part[name] for name in CLASS_NAMES if part.get(name) is not None}
     settings = next((part[key] for key in ("params", "init_args") if isinstance(part.get(key), dict)), part)
-    return kind, settings | (settings.get("ddconfig") or {})
+    ddconfig = settings.get("ddconfig") or {}
+    if not isinstance(ddconfig, dict):
+        raise ValueError(f"{source}: its config has ddconfig={shown(ddconfig)}, expected names and values.")
+    if bad := [f"{key}={shown(value)}" for key, value in kinds.items() if not isinstance(value, str)]:
+        raise ValueError(f"{source}: its config has {bad[0]}, expected the name of a class.")
+    return next(iter(kinds.values()), None), settings | ddconfig
 
 
-def recognise(checkpoint: Checkpoint, kind: str | None, format: str) -> tuple[str, str]:
+def recognise(checkpoint: Checkpoint, kind: str | None, settings: dict, format: str) -> tuple[str, str, list[str]]:
     """
-    Name of the family, and the prefix of its keys.
+    Name of the family, the prefix of its keys, and in words what had to be assumed to tell it from others.
 
     Raises:
-        ValueError: for an unknown format, or keys that fit none.
+        ValueError: for an unknown format, keys that fit none, or those of a tokenizer that `VQGANModel` cannot hold.
     """
     if format != "auto" and format not in FAMILIES:
         raise ValueError(f"format={format!r} is not one of 'auto', {', '.join(map(repr, FAMILIES))}.")
-    shapes = checkpoint.shapes
     prefix = find_prefix(checkpoint)
-    names = "\n".join(name.removeprefix(prefix) for name in shapes if name.startswith(prefix))
+    shapes = {name.removeprefix(prefix): shape for name, shape in checkpoint.shapes.items() if name.startswith(prefix)}
+    names = "\n".join(shapes)
 
-    def fits(family: Family) -> bool:
-        return all(re.search(f"^{pattern}", names, re.MULTILINE) for pattern in family.keys)
+    def has(pattern: str) -> bool:
+        return re.search(f"^{pattern}", names, re.MULTILINE) is not None
 
-    if format != "auto":
-        if fits(FAMILIES[format]):
-            return format, prefix
-        _unknown(checkpoint, f"are not those of {FAMILIES[format].title} (format={format!r})")
-    fitting = [name for name, family in FAMILIES.items() if fits(family)]
+    for pattern, title, reason in OTHER_TOKENIZERS:
+        if has(pattern):
+            raise ValueError(
+                f"{checkpoint.source} is {title}, which this package does not read: {reason}. Nothing was loaded."
+            )
+    fitting = [name for name, family in FAMILIES.items() if all(map(has, family.keys))]
     # Keys of the same family tree: Janus counts decoder levels from below, so that its first has the upsampling.
-    if "taming" in fitting and re.search(r"^decoder\.up\.0\.upsample\.", names, re.MULTILINE):
+    if "taming" in fitting and has(r"decoder\.up\.0\.upsample\."):
         fitting = ["janus"]
+    # open-muse wrote MoVQ's attention as linear layers, of two dimensions.
+    projections = [shapes.get(f"{half}.mid.attn_1.q.weight", ()) for half in ("encoder", "decoder")]
+    if "movq" in fitting and 2 in map(len, projections):
+        fitting = ["openmuse_movq"]
+    if format != "auto":
+        if not all(map(has, FAMILIES[format].keys)):
+            _unknown(checkpoint, f"are not those of {FAMILIES[format].title} (format={format!r})")
+        return format, prefix, []
     if not fitting:
         _unknown(checkpoint, "are those of no tokenizer that this package knows")
-    if not re.search(r"^quantize\.", names, re.MULTILINE):
+    if not has(r"quantize\."):
         _unknown(checkpoint, "hold no codebook (quantize.embedding.weight), as those of a continuous autoencoder")
     by_config = [name for name in fitting if kind and re.search(FAMILIES[name].kinds, kind)]
     if by_config:
-        return by_config[0], prefix
-    if fitting[0] == "taming":
-        # IBQ's moving average has no warm-up, which its count says; all others count up. One beside a prefixed
-        # tokenizer is another network's.
-        counter = "model_ema.num_updates"
-        if kind is None and prefix == "" and counter in shapes and int(checkpoint.load(counter)) < 0:
-            return "ibq", prefix
-        if prefix == "first_stage_model." or counter in shapes:
-            return "ldm", prefix
-        config = "there is no config" if kind is None else f"the config's {kind!r} is unknown"
-        logger.warning(
-            f"{checkpoint.source}: the keys are those of taming-transformers, latent diffusion, IBQ and openMUSE "
-            f"alike, and {config} to tell them apart. Taken as taming-transformers; for IBQ pass format='ibq', "
-            "for openMUSE format='openmuse'."
+        return by_config[0], prefix, []
+    if fitting[0] != "taming":
+        return fitting[0], prefix, []
+    return _one_of_taming(checkpoint, kind, settings, prefix)
+
+
+def _one_of_taming(checkpoint: Checkpoint, kind: str | None, settings: dict, prefix: str) -> tuple[str, str, list[str]]:
+    """What `recognise` returns for the keys that taming-transformers shares with others, if no class is named."""
+    counter = "model_ema.num_updates"  # beside a prefixed tokenizer it is another network's
+    if kind is None and "ddconfig" in settings and "lossconfig" not in settings:
+        # Emu3.5's config is a flat list of arguments; those of the others have a class, and a loss.
+        told = any(name in settings for name in IBQ_SETTINGS)
+        doubt = "the family: taken as IBQ, as Emu3.5 has flat configs without a loss; for others pass format='taming'"
+        return "ibq", prefix, [] if told else [doubt]
+    if kind is None and prefix == "" and _is_negative(checkpoint, counter):
+        # The moving averages of SEED-Voken have no warm-up, which the count says; all others count up.
+        doubt = (
+            "the class (model.class_path): taken as IBQ, which takes the code of the largest dot product; for its "
+            "sister VQModel, which takes the nearest one, pass format='seed_voken'"
         )
-    return fitting[0], prefix
+        return "ibq", prefix, [doubt]
+    if prefix == "first_stage_model." or counter in checkpoint.shapes:
+        return "ldm", prefix, []
+    unknown = "" if kind is None else f", and {shown(kind)} is not known here"
+    doubt = (
+        f"the family (model.target{unknown}), since taming-transformers, latent diffusion, IBQ and openMUSE have the "
+        "same keys: taken as taming-transformers; for IBQ pass format='ibq', for openMUSE format='openmuse'"
+    )
+    return "taming", prefix, [doubt]
+
+
+def _is_negative(checkpoint: Checkpoint, name: str) -> bool:
+    if checkpoint.shapes.get(name) != ():
+        return False
+    number = checkpoint.load(name)
+    return number.dtype in INTEGERS and int(number) < 0
 
 
 def find_prefix(checkpoint: Checkpoint) -> str:
@@ -111,15 +158,15 @@ def find_prefix(checkpoint: Checkpoint) -> str:
         return known[0]
     if len(found) > 1:
         raise ValueError(
-            f"{checkpoint.source} holds several autoencoders: {', '.join(sorted(found))}. Save the tensors of one of "
-            "them to a file of its own."
+            f"{checkpoint.source} holds several autoencoders: {listed(sorted(found))}. Save the tensors of one "
+            "of them to a file of its own."
         )
     return found.pop() if found else ""
 
 
 def _unknown(checkpoint: Checkpoint, what: str):
     names = sorted(checkpoint.shapes)
-    seen = ", ".join(names[:: max(1, len(names) // 6)][:6]) or "none"
+    seen = ", ".join(map(plain, names[:: max(1, len(names) // 6)][:6])) or "none"
     known = "; ".join(f"{name} ({family.title})" for name, family in FAMILIES.items())
     raise ValueError(f"{checkpoint.source}: its {len(names)} tensors {what}. Seen: {seen}. Known: {known}.")
 
@@ -129,6 +176,9 @@ def read_architecture(shapes: dict[str, tuple[int, ...]], family: Family) -> dic
     Config fields that names and shapes of the original tensors tell.
 
     Gets by with missing tensors as far as it can, so that they are reported by name and not as a strange architecture.
+
+    Raises:
+        ValueError: if names count to more levels or layers than any tokenizer has.
     """
 
     def inside(ours: str) -> set[str]:
@@ -136,8 +186,13 @@ def read_architecture(shapes: dict[str, tuple[int, ...]], family: Family) -> dic
         start = family.name(ours)
         return {name[len(start) :].split(".", 1)[0] for name in shapes if name.startswith(start)}
 
-    def count(ours: str) -> int:
-        return max((int(number) for number in inside(ours) if number.isdigit()), default=-1) + 1
+    def count(ours: str, most: int) -> int:
+        """One more than the highest number that has half of those below it; higher ones are reported as surplus."""
+        numbers = {int(text) for text in inside(ours) if re.fullmatch(r"0|[1-9][0-9]{0,8}", text, re.ASCII)}
+        found = max((number for number in numbers if number < 2 * len(numbers)), default=-1) + 1
+        if found > most:
+            raise ValueError(f"{family.name(ours)}N counts to {found - 1}, and no known tokenizer has over {most}.")
+        return found
 
     def size(axis: int, *candidates: str) -> int | None:
         """Length of an axis of the first candidate that is there."""
@@ -148,13 +203,13 @@ def read_architecture(shapes: dict[str, tuple[int, ...]], family: Family) -> dic
         channels: list[int] = []
         types: list[str] = []
         layers = 0
-        for level in range(count(f"{side}_blocks.")):
+        for level in range(count(f"{side}_blocks.", MOST_LEVELS)):
             resnet, attentions = f"{side}_blocks.{level}.resnets.0.", f"{side}_blocks.{level}.attentions."
             known = size(0, *(resnet + part for part in ("conv2.weight", "conv1.weight", "conv2.bias")))
             channels.append(known or (channels[-1] if channels else 32))
-            runs = count(attentions) >= family.attentions_needed
+            runs = count(attentions, MOST_LAYERS) >= family.attentions_needed
             types.append(f"Attn{block_type}" if runs else block_type)
-            layers = max(layers, count(f"{side}_blocks.{level}.resnets."))
+            layers = max(layers, count(f"{side}_blocks.{level}.resnets.", MOST_LAYERS))
         return channels, types, layers
 
     down_channels, down_types, layers = levels("encoder.down", "DownEncoderBlock2D")
@@ -192,73 +247,78 @@ def read_architecture(shapes: dict[str, tuple[int, ...]], family: Family) -> dic
     return {name: value for name, value in fields.items() if value is not None}
 
 
-def read_options(settings: dict, family: Family, source: str) -> dict:
+def read_options(settings: dict, family: Family) -> dict:
     """
     Config fields that only a config tells.
 
     Raises:
-        ValueError: for settings that `VQGANModel` cannot represent.
+        ValueError: for settings that `VQGANModel` cannot represent, or that are no such thing.
     """
     required = {name: values for name, values in REQUIRED_SETTINGS.items() if name not in family.ignored}
-    if bad := [f"{name}={settings[name]!r}" for name, allowed in required.items() if settings.get(name) not in allowed]:
-        raise ValueError(f"{source}: its config has {', '.join(bad)}, which VQGANModel cannot represent.")
-    beta = next((settings[name] for name in ("beta", "commitment_cost", "commit_loss_beta") if name in settings), 0.25)
-    options = family.losses(beta)
-    for ours, theirs in {
-        "sample_size": ("resolution", "sample_size", "image_size"),
-        "kl_weight": ("kl_weight",),
-        "ema_decay": ("decay",),
-        **{name: (name,) for name in ("act_fn", "norm_num_groups", "scaling_factor", "shift_factor", "force_upcast")},
-        "lookup_from_codebook": ("lookup_from_codebook",),
-    }.items():
-        if value := [settings[name] for name in theirs if settings.get(name) is not None]:
-            options[ours] = value[0]
-    return options
+    bad = [name for name, allowed in required.items() if settings.get(name) not in allowed]
+    if bad:
+        said = ", ".join(f"{name}={shown(settings[name])}" for name in bad)
+        raise ValueError(f"its config has {said}, which VQGANModel cannot represent.")
+    options = {option.ours: value for option in OPTIONS if (value := option.read(settings)) is not None}
+    return family.defaults | family.losses(options.pop("beta", 0.25)) | options
 
 
-def read_config_of(checkpoint: Checkpoint, shapes: dict, family: Family, settings: dict) -> VQGANConfig:
+def read_contradictions(settings: dict, architecture: dict) -> list[str]:
+    """In words, where a config says other than the tensors."""
+    said = {
+        name: (settings[name], architecture[ours])
+        for ours, names in SETTINGS.items()
+        for name in names
+        if settings.get(name) is not None and ours in architecture
+    }
+    stem = architecture.get("stem_channels")
+    said |= {
+        name: (settings[name], [channels / stem for channels in architecture[ours]])
+        for ours, names in MULTIPLIERS.items()
+        for name in names
+        if settings.get(name) is not None and ours in architecture and stem
+    }
+    return [
+        f"{name}={shown(config)} but {shown(tensors)}"
+        for name, (config, tensors) in said.items()
+        if (list(config) if isinstance(config, tuple) else config) != tensors
+    ]
+
+
+def build_model(checkpoint: Checkpoint, shapes: dict, family: Family, settings: dict) -> VQGANModel:
     """
-    The model's config, from the shapes of its original tensors (without prefix) and the settings in its config.
+    The model without weights, from the shapes of its original tensors (without prefix) and the settings in its config.
 
     Raises:
         ValueError: if the two contradict each other, or `VQGANModel` cannot represent them.
     """
-    architecture = read_architecture(shapes, family)
-    contradictions = [
-        f"{theirs}={settings[theirs]} but {shape_says}"
-        for ours, names in SETTINGS.items()
-        for theirs in names
-        if settings.get(theirs) is not None and ours in architecture
-        if (shape_says := architecture[ours]) != (list(said) if isinstance(said := settings[theirs], tuple) else said)
-    ]
-    if contradictions:
+    try:
+        architecture = read_architecture(shapes, family)
+        options = read_options(settings, family)
+    except ValueError as error:
+        raise ValueError(f"{checkpoint.source}, read as {family.title}: {error}") from error
+    if contradictions := read_contradictions(settings, architecture):
         raise ValueError(
             f"{checkpoint.source}: its config does not belong to its tensors. The config says, and the tensors say: "
             f"{'; '.join(contradictions)}. Give the right config."
         )
     if settings.get("remap") and "quantize.used" not in shapes:
         raise ValueError(
-            f"{checkpoint.source}: its config renumbers the codes by remap={settings['remap']!r}, but the file has no "
-            "tensor quantize.used with the new numbers. Give a config with remap: null to have the codebook's own."
+            f"{checkpoint.source}: its config renumbers the codes by remap={shown(settings['remap'])}, but the file "
+            "has no tensor quantize.used with the new numbers. A config with remap: null gives the codebook's own."
         )
-    if family.kinds == "^VQModel$" and "norm_num_groups" not in settings:
-        logger.warning(
-            f"{checkpoint.source}: no config says what the tensors do not show. Taken as norm_num_groups=32, "
-            "act_fn='silu', the defaults of diffusers."
-        )
-    fields = read_options(settings, family, checkpoint.source) | architecture | family.fields
+    fields = options | architecture | family.fields
     if fields.get("quantizer") == "vq_ema":
         fields |= paper_weights(fields["codebook_weight"])  # its only loss is the commitment term, and β is on it
-    if family is FAMILIES["llamagen"]:
-        fields["codebook_l2_norm"] = settings.get("codebook_l2_norm", True)
-    elif family is FAMILIES["ibq"]:
+    if family is FAMILIES["ibq"]:
         fields.pop("num_used_codes", None)  # there they restrict the choice, too
     fields.setdefault("sample_size", 256)
     # Their configs hold weights for quantizers that have no such loss
     idle = idle_options(fields)
     fields = {name: value for name, value in fields.items() if name not in idle}
     try:
-        return VQGANConfig(**fields)
+        with torch.device("meta"):
+            return VQGANModel(VQGANConfig(**fields))
     except (ValueError, StrictDataclassError) as error:
         raise ValueError(f"{checkpoint.source}, read as {family.title}: {error}") from error
 
@@ -282,7 +342,7 @@ def match_tensors(
         if source not in checkpoint.shapes:
             missing.append(source)
         elif checkpoint.shapes[source] != expected:
-            misshapen.append(f"{source} is {checkpoint.shapes[source]}, expected {expected}")
+            misshapen.append(f"{plain(source)} is {shown(checkpoint.shapes[source])}, expected {expected}")
     accounted = {prefix + name for name in names.values()} | set(sources.values())
     never_run = [
         family.name(f"encoder.down_blocks.{level}.attentions.")
@@ -303,7 +363,7 @@ def match_tensors(
         if any(re.search(pattern, name.removeprefix(prefix)) for name in surplus)
     }
     parts = [
-        f"{len(names)} {what}: {', '.join(names[:50])}{' ...' if len(names) > 50 else ''}."
+        f"{len(names)} {what}: {', '.join(map(plain, names[:50]))}{' ...' if len(names) > 50 else ''}."
         for what, names in (("missing", missing), ("surplus", surplus), ("of the wrong shape", misshapen))
         if names
     ]
@@ -312,6 +372,49 @@ def match_tensors(
         f"{checkpoint.source}, read as {family.title}, does not fit.{explanation} Tensors {' '.join(parts)} "
         "Nothing was loaded. If another project wrote the file, pass its name as format."
     )
+
+
+def load_tensors(checkpoint: Checkpoint, model: VQGANModel, sources: dict[str, str]) -> dict[str, Tensor]:
+    """
+    The weights of `model`, mapped from the file: floating-point ones in one dtype, that of the file or the widest of
+    several.
+
+    Raises:
+        ValueError: for tensors of a type that is none for weights, that are not finite, or no numbers of codes.
+    """
+    tensors, mistyped, broken = {}, [], []
+    for ours, placeholder in model.state_dict().items():
+        tensor = checkpoint.load(sources[ours])
+        if tensor.dtype not in (FLOATS if placeholder.is_floating_point() else INTEGERS):
+            mistyped.append(f"{sources[ours]} is {tensor.dtype}")
+        elif not _is_sane(tensor):
+            broken.append(sources[ours])
+        tensors[ours] = tensor.reshape(placeholder.shape)
+    if mistyped:
+        raise ValueError(
+            f"{checkpoint.source}: {listed(mistyped)}. Expected weights in float16, bfloat16, float32 or float64, and "
+            "numbers of codes in int64. Save them again in one of these."
+        )
+    if broken:
+        raise ValueError(
+            f"{checkpoint.source}: {len(broken)} tensors hold NaN, infinity or numbers beyond {LARGEST:g}: "
+            f"{listed(broken)}. The file is damaged, or its training diverged: take another."
+        )
+    used, codes = tensors.get("quantize.used"), model.config.num_vq_embeddings
+    if used is not None and not ((used >= 0) & (used < codes)).all():
+        raise ValueError(
+            f"{checkpoint.source}: quantize.used spans [{int(used.min())}, {int(used.max())}], expected numbers of the "
+            f"{codes} codes."
+        )
+    dtype = reduce(torch.promote_types, {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()})
+    return {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
+
+
+def _is_sane(tensor: Tensor) -> bool:
+    if tensor.numel() == 0 or not tensor.is_floating_point():
+        return True
+    low, high = tensor.aminmax()  # NaN if there is one
+    return bool(low >= -LARGEST) and bool(high <= LARGEST)
 
 
 def load_original(
@@ -326,263 +429,68 @@ def load_original(
     See [`VQGANModel.from_original`], which reads them into memory.
     """
     containers = {
-        "auto": ("ema", "state_dict", "model"),
-        "raw": ("state_dict", "model"),
-        "ema": ("ema", "state_dict", "model"),
+        "auto": ("ema", "state_dict", "model", "vae"),
+        "raw": ("state_dict", "model", "vae"),
+        "ema": ("ema", "state_dict", "model", "vae"),
     }
     if weights not in containers:
         raise ValueError(f"weights={weights!r} must be one of {', '.join(map(repr, containers))}.")
+
+    # What is there: a file of tensors, and perhaps a config
     file, config_beside = locate(path_or_repo)
     original_config = read_config(config_beside if config is None else config)
     if original_config.get("model_type") == VQGANConfig.model_type:
         raise ValueError(f"{path_or_repo} is a VQGANModel already: use VQGANModel.from_pretrained.")
     checkpoint = read_checkpoint(file, containers[weights])
-    kind, settings = read_settings(original_config)
-    name, prefix = recognise(checkpoint, kind, format)
-    family = FAMILIES[name]
-    shadow = None
-    if weights == "ema" or (weights == "auto" and family.prefers_shadow):
-        anchor = family.shadow and prefix + family.shadow("encoder.conv_in.weight")
-        shadow = family.shadow if anchor in checkpoint.shapes else None
-        if weights == "ema" and shadow is None and checkpoint.container != "ema":
-            raise ValueError(f"{checkpoint.source} holds no moving average of the weights: use weights='raw'.")
-    shapes = {name.removeprefix(prefix): shape for name, shape in checkpoint.shapes.items() if name.startswith(prefix)}
-    model_config = read_config_of(checkpoint, shapes, family, settings)
-    logger.info(f"{checkpoint.source}: {family.title}, {len(shapes)} tensors, {'EMA' if shadow else 'raw'} weights")
+    kind, settings = read_settings(original_config, checkpoint.source)
 
-    with torch.device("meta"):
-        model = VQGANModel(model_config)
+    # Whose it is, and which of its weights
+    name, prefix, assumptions = recognise(checkpoint, kind, settings, format)
+    family = FAMILIES[name]
+    shadow = choose_shadow(checkpoint, family, prefix, settings, weights)
+    described = kind is not None or any(settings.get(name) is not None for names in SETTINGS.values() for name in names)
+    if shadow is None and weights == "auto" and family.prefers_shadow and settings.get("use_ema"):
+        assumptions.append("the weights: raw, as the file has no moving averages in spite of use_ema: true")
+    if not described:
+        assumptions += [f"{name}: taken as {value}" for name, value in family.unseen.items() if name not in settings]
+    if assumptions:
+        logger.warning(
+            f"{checkpoint.source}: read as {family.title}. Assumed, since neither its tensors nor a config say: "
+            f"{'; '.join(assumptions)}. A wrong assumption gives wrong codes or pixels and no error; the original's "
+            "config settles them."
+        )
+
+    # The model, and its tensors by their names
+    shapes = {name.removeprefix(prefix): shape for name, shape in checkpoint.shapes.items() if name.startswith(prefix)}
+    model = build_model(checkpoint, shapes, family, settings)
+    logger.info(f"{checkpoint.source}: {family.title}, {len(shapes)} tensors, {'EMA' if shadow else 'raw'} weights")
     sources = match_tensors(checkpoint, model, family, prefix, shadow)
-    tensors = {
-        ours: checkpoint.load(sources[ours]).reshape(tensor.shape) for ours, tensor in model.state_dict().items()
-    }
-    # One dtype for all weights: that of the file, or the widest of several
-    dtype = reduce(torch.promote_types, {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()})
-    tensors = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
+    tensors = load_tensors(checkpoint, model, sources)
     model.load_state_dict(tensors, assign=True)
-    model.config.dtype = dtype
+    model.config.dtype = tensors["encoder.conv_in.weight"].dtype
     return model.eval()
 
 
-def export_original(model: VQGANModel, format: str) -> tuple[dict[str, Tensor], dict]:
-    """State dict and config in the words of another project. See [`VQGANModel.to_original`]."""
-    if format not in EXPORTS:
-        raise ValueError(f"format={format!r} is not one of {', '.join(map(repr, EXPORTS))}.")
-    export = EXPORTS[format]
-    if format == "diffusers":
-        fields, tensors = model.diffusers_parts()
-        return tensors, {"_class_name": "VQModel", "_diffusers_version": diffusers_version} | fields
-    if obstacles := [text for text, applies in export.obstacles(model).items() if applies]:
-        raise ValueError(
-            f"{FAMILIES[format].title} cannot hold this model: {'; '.join(obstacles)}. Expected what its code has."
-        )
-    family, levels = FAMILIES[format], len(model.config.block_out_channels)
-    tensors = {
-        family.name(ours, levels): tensor.detach().reshape(family.shape(ours, tensor.shape))
-        for ours, tensor in model.state_dict().items()
-        if model.config.quantizer == "gumbel" or ours == "quantize.used" or not ours.startswith("quantize.")
-    }
-    if model.config.quantizer != "gumbel":
-        tensors["quantize.embedding.weight"] = export.codebook(model)
-    return tensors, export.config(model)
-
-
-def _multipliers(config: VQGANConfig, channels: tuple[int, ...]) -> list[int]:
-    return [count // config.stem_channels for count in channels]
-
-
-def _attention_levels(config: VQGANConfig) -> list[int]:
-    return [level for level, block in enumerate(config.down_block_types) if block.startswith("Attn")]
-
-
-def _original_obstacles(model: VQGANModel) -> dict[str, bool]:
-    """What stands against all original projects, and whether it applies."""
-    config = model.config
-    channels = {*config.block_out_channels, *config.decoder_block_out_channels}
-    up = [block.removeprefix("Attn") != block for block in reversed(config.up_block_types)]
-    return {
-        f"backbone={config.backbone!r}": config.backbone != "vqgan",
-        "encoder_only=True": config.encoder_only,
-        "normalize_on_lookup=True": config.normalize_on_lookup,
-        f"pixel_range={config.pixel_range}": config.pixel_range != (-1, 1),
-        f"norm_type={config.norm_type!r}": config.norm_type != "group",
-        f"norm_num_groups={config.norm_num_groups}, not 32": config.norm_num_groups != 32,
-        f"act_fn={config.act_fn!r}": config.act_fn not in ("silu", "swish"),
-        f"levels of {sorted(channels)} channels are not multiples of stem_channels={config.stem_channels}": any(
-            count % config.stem_channels for count in channels
-        ),
-        "attention at different levels of encoder and decoder": (
-            [level for level, attends in enumerate(up) if attends] != _attention_levels(config)
-        ),
-        f"quantizer={config.quantizer!r} is not nearest-code lookup in a plain codebook": (
-            config.quantizer != "gumbel" and model.quantize.to_codebook() is None
-        ),
-    }
-
-
-def _taming_obstacles(model: VQGANModel) -> dict[str, bool]:
-    config = model.config
-    return _original_obstacles(model) | {
-        f"decoder_block_out_channels={config.decoder_block_out_channels} unlike the encoder's": (
-            config.decoder_block_out_channels != config.block_out_channels
-        ),
-        "mid_block_add_attention=False": not config.mid_block_add_attention,
-        "quantizer='gumbel' with vq_embed_dim unlike latent_channels": (
-            config.quantizer == "gumbel" and config.vq_embed_dim != config.latent_channels
-        ),
-    }
-
-
-def _ldm_obstacles(model: VQGANModel) -> dict[str, bool]:
-    config = model.config
-    obstacles = _taming_obstacles(model)
-    # attn_type: none is for the middle and all levels
-    obstacles["mid_block_add_attention=False"] = not config.mid_block_add_attention and _attention_levels(config) != []
-    return obstacles | {"quantizer='gumbel'": config.quantizer == "gumbel"}
-
-
-def _llamagen_obstacles(model: VQGANModel) -> dict[str, bool]:
-    config = model.config
-    lowest = [len(config.block_out_channels) - 1]
-    return _original_obstacles(model) | {
-        f"attention at levels {_attention_levels(config)}, not {lowest}": _attention_levels(config) != lowest,
-        "mid_block_add_attention=False": not config.mid_block_add_attention,
-        "quantizer='gumbel'": config.quantizer == "gumbel",
-        f"num_used_codes={config.num_used_codes}": config.num_used_codes > 0,
-    }
-
-
-def _taming_config(model: VQGANModel, target: str = "taming.models.vqgan.VQModel") -> dict:
-    config = model.config
-    gumbel = config.quantizer == "gumbel"
-    ddconfig = {
-        "double_z": False,
-        "z_channels": config.latent_channels,
-        "resolution": config.sample_size,
-        "in_channels": config.in_channels,
-        "out_ch": config.out_channels,
-        "ch": config.stem_channels,
-        "ch_mult": _multipliers(config, config.block_out_channels),
-        "num_res_blocks": config.layers_per_block,
-        "attn_resolutions": [config.sample_size // 2**level for level in _attention_levels(config)],
-        "dropout": 0.0,
-    }
-    params = {"embed_dim": config.vq_embed_dim, "n_embed": config.num_vq_embeddings, "ddconfig": ddconfig}
-    loss = {"target": "taming.modules.losses.vqperceptual.DummyLoss"}
-    if config.num_used_codes:
-        params["remap"] = REMAP_NAME
-    if gumbel:
-        params["kl_weight"] = config.kl_weight
-        target = "taming.models.vqgan.GumbelVQ"
-    return {"model": {"target": target, "params": params | {"lossconfig": loss}}}
-
-
-def _ldm_config(model: VQGANModel) -> dict:
-    config = _taming_config(model, "ldm.models.autoencoder.VQModel")
-    if not model.config.mid_block_add_attention:
-        config["model"]["params"]["ddconfig"]["attn_type"] = "none"
-    config["model"]["params"]["lossconfig"] = {"target": "torch.nn.Identity"}
-    return config
-
-
-def _llamagen_config(model: VQGANModel) -> dict:
-    config = model.config
-    return {
-        "codebook_size": config.num_vq_embeddings,
-        "codebook_embed_dim": config.vq_embed_dim,
-        "codebook_l2_norm": config.quantizer in ("vq", "vq_ema") and config.codebook_l2_norm,
-        "commit_loss_beta": config.commitment_weight,
-        "encoder_ch_mult": _multipliers(config, config.block_out_channels),
-        "decoder_ch_mult": _multipliers(config, config.decoder_block_out_channels),
-        "z_channels": config.latent_channels,
-        "ch": config.stem_channels,
-        "num_res_blocks": config.layers_per_block,
-    }
-
-
-def _stored_codebook(model: VQGANModel) -> Tensor:
-    """LlamaGen stores the rows as they were trained and normalises them itself."""
-    if model.config.quantizer in ("vq", "vq_ema"):
-        return model.quantize.embedding.weight.detach()
-    return model.quantize.to_codebook().to(model.dtype)
-
-
-@dataclass(frozen=True)
-class Export:
+def choose_shadow(
+    checkpoint: Checkpoint, family: Family, prefix: str, settings: dict, weights: str
+) -> Callable[[str], str] | None:
     """
-    Args:
-        obstacles: What the format cannot hold, and whether the model has it.
-        config: The model's config in the format's words.
-        codebook: The codes `(K, D)` as the format stores them.
-        save: Writes state dict and config into a folder.
+    Where the moving average of each weight is, if that is what to load; `None` for the weights themselves.
+
+    Raises:
+        ValueError: if moving averages are asked for and the file has none, or `use_ema` is neither true nor false.
     """
-
-    save: Callable[[dict[str, Tensor], dict, Path], None]
-    obstacles: Callable[[VQGANModel], dict[str, bool]] | None = None
-    config: Callable[[VQGANModel], dict] | None = None
-    codebook: Callable[[VQGANModel], Tensor] = lambda model: model.quantize.to_codebook().to(model.dtype)
-
-
-REMAP_NAME = "used.npy"  # read by taming-transformers' quantizer from the working directory
-
-
-def _save_torch(tensors: dict[str, Tensor], config: dict, folder: Path, container: str, names: tuple[str, str]) -> None:
-    if "quantize.used" in tensors:
-        np.save(folder / REMAP_NAME, tensors["quantize.used"].numpy())
-    torch.save({container: {name: tensor.contiguous() for name, tensor in tensors.items()}}, folder / names[0])
-    (folder / names[1]).write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
-
-
-def _save_diffusers(tensors: dict[str, Tensor], config: dict, folder: Path) -> None:
-    write_safetensors(tensors, folder / "diffusion_pytorch_model.safetensors")
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-
-
-SAFETENSORS_TYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-}
-
-
-def write_safetensors(tensors: dict[str, Tensor], file: Path) -> None:
-    """
-    `safetensors.torch.save_file`, but tensor by tensor and with a progress bar, in bytes.
-
-    The format: length of the header (8 bytes, little endian), header in JSON, padded to a multiple of 8, tensors.
-    """
-    header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, tensor in tensors.items():
-        start, end = end, end + tensor.nbytes
-        header[name] = {
-            "dtype": SAFETENSORS_TYPES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [start, end],
-        }
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with open(file, "wb") as stream, tqdm(total=end, desc=f"Writing {file.name}", unit="B", unit_scale=True) as bar:
-        stream.write(len(text).to_bytes(8, "little") + text)
-        for tensor in tensors.values():
-            stream.write(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-            bar.update(tensor.nbytes)
-
-
-_save_lightning = partial(_save_torch, container="state_dict", names=("model.ckpt", "config.yaml"))
-EXPORTS = {
-    "taming": Export(_save_lightning, _taming_obstacles, _taming_config),
-    "ldm": Export(_save_lightning, _ldm_obstacles, _ldm_config),
-    "llamagen": Export(
-        partial(_save_torch, container="model", names=("vq.pt", "config.yaml")),
-        _llamagen_obstacles,
-        _llamagen_config,
-        _stored_codebook,
-    ),
-    "diffusers": Export(_save_diffusers),
-}
+    try:
+        evaluated = family.prefers_shadow and USE_EMA.read(settings) is not False
+    except ValueError as error:
+        raise ValueError(f"{checkpoint.source}, read as {family.title}: {error}") from error
+    if weights == "raw" or (weights == "auto" and not evaluated):
+        return None
+    anchor = family.shadow and prefix + family.shadow("encoder.conv_in.weight")
+    shadow = family.shadow if anchor in checkpoint.shapes else None
+    if weights == "ema" and shadow is None and checkpoint.container != "ema":
+        raise ValueError(f"{checkpoint.source} holds no moving average of the weights: use weights='raw'.")
+    return shadow
 
 
 def convert(

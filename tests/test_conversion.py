@@ -32,9 +32,16 @@ from hf_vqgan.conversion import EXPORTS, FAMILIES, convert, write_safetensors
 ROOT = Path(__file__).parents[1]
 GOLDENS = Path(os.environ.get("HF_VQGAN_GOLDENS", ROOT.parent / "shared" / "goldens"))
 GOLDEN_NAMES = (
-    "chameleon-vq", "diffusers-vqmodel", "ibq", "janus-vq", "ldm-vq", "llamagen", "maskgit-vqgan", "movq",
-    "openmuse-vqgan", "taming-gumbel", "taming-vqgan",
+    "chameleon-vq", "diffusers-vqmodel", "emu35-ibq", "ibq", "janus-vq", "ldm-vq", "llamagen", "maskgit-vqgan", "movq",
+    "movq-openmuse", "openmuse-vqgan", "taming-gumbel", "taming-vqgan",
 )  # fmt: skip
+REFUSED_GOLDENS = {
+    "infinity-bsq": "the multi-scale tokenizer of Infinity",
+    "open-magvit2": "Open-MAGVIT2 of SEED-Voken",
+    "rqvae": "RQ-VAE",
+    "showo-magvitv2": "MAGVITv2 of Show-o",
+    "var-vqvae": "a multi-scale VQVAE of VAR",
+}
 
 
 def golden(name: str) -> Path:
@@ -98,6 +105,35 @@ def test_golden(name, weights, tmp_path):
 
 
 @pytest.mark.parametrize(
+    "key, title",
+    [
+        ("quantize.quant_resi.qresi_ls.0.weight", "a multi-scale VQVAE of VAR"),
+        ("quantizer.lfq.mask", "the multi-scale tokenizer of Infinity"),
+        ("encoder.conv_in.conv.weight", "the multi-scale tokenizer of Infinity"),
+        ("quantizer.codebooks.0.weight", "RQ-VAE"),
+        ("decoder.adaptive.0.gamma.weight", "Open-MAGVIT2 of SEED-Voken"),
+        ("quantize.power_vals", "MAGVITv2 of Show-o"),
+    ],
+)
+def test_another_kind_is_refused_by_name(key, title, tmp_path):
+    folder = save_original(Original(), tmp_path, TAMING_TARGET, "state_dict", **{key: torch.zeros(1)})
+    for format in ("auto", "taming"):
+        with pytest.raises(ValueError, match=f"is {title}, which this package does not read: "):
+            VQGANModel.from_original(folder, format)
+
+
+@pytest.mark.parametrize("format", ["auto", "taming", "ibq"])
+@pytest.mark.parametrize("name", REFUSED_GOLDENS)
+def test_golden_of_another_kind_is_refused(name, format):
+    """Their keys resemble those of families that are read; none must be taken for one."""
+    folder = golden(name)
+    file = folder / json.loads((folder / "meta.json").read_text())["checkpoint"]
+    for config in (None, {}):
+        with pytest.raises(ValueError, match=f"is {REFUSED_GOLDENS[name]}, which this package does not read: "):
+            VQGANModel.from_original(file, format, config)
+
+
+@pytest.mark.parametrize(
     "name, format",
     [
         ("taming-vqgan", "taming"),
@@ -155,6 +191,13 @@ STAND_INS = {
         Original, {"maskgit": True, "attention": (), "z": 4, "mult": (2, 1, 1, 2)}, {}, None,
     ),
     "movq": (Original, {"spatial": True, "attention": (1, 2)}, {}, None),
+    "openmuse_movq": (
+        Original, {"spatial": True, "attention": (1,), "linear_attention": True, "never_runs_single": True}, {}, None,
+    ),
+    "openmuse_movq-two-layers": (
+        Original, {"spatial": True, "linear_attention": True, "never_runs_single": True, "layers": 2},
+        {"_class_name": "MOVQ"}, None,
+    ),
     "janus": (Original, {"lowest_first": True, "normalizes_lookup": True}, {}, None),
     "chameleon": (Original, {"decoder": False, "attention": (1,)}, {}, None),
     "llamagen": (OriginalLlamaGen, {"choice": "sphere", "lowest_first": True, "layers": 2}, {}, "model"),
@@ -287,7 +330,7 @@ def test_diffusers_in_parts_and_without_config(tmp_path, monkeypatch):
     assert said == []
     (tmp_path / "config.json").unlink()
     VQGANModel.from_original(tmp_path)
-    assert len(said) == 1 and "Taken as norm_num_groups=32" in said[0]
+    assert len(said) == 1 and "norm_num_groups: taken as 32; act_fn: taken as silu" in said[0]
 
 
 def flat_shadow(tensors: dict, prefix: str = "model_ema.") -> dict:
@@ -409,8 +452,68 @@ def test_ambiguous_keys_are_said_to_be(tmp_path, monkeypatch):
     VQGANModel.from_original(folder)
     assert len(said) == 1 and "for IBQ pass format='ibq', for openMUSE format='openmuse'" in said[0]
     VQGANModel.from_original(folder, config=TAMING_TARGET)
-    assert VQGANModel.from_original(folder, format="ibq").config.quantizer == "ibq"
     assert len(said) == 1
+    assert VQGANModel.from_original(folder, format="ibq").config.quantizer == "ibq"
+    assert len(said) == 2 and "family" not in said[1] and "tanh_out: taken as false" in said[1]
+    assert VQGANModel.from_original(folder, format="ibq", config=TAMING_TARGET).config.quantizer == "ibq"
+    assert len(said) == 2
+
+
+def test_each_assumption_is_said_once_with_what_settles_it(tmp_path, monkeypatch):
+    """LlamaGen's l2-norm, the averages that both classes of SEED-Voken have: no tensor shows them."""
+    said = []
+    monkeypatch.setattr(conversion.logger, "warning", said.append)
+    llamagen = save_original(OriginalLlamaGen(lowest_first=True), tmp_path / "a", {}, "model")
+    assert VQGANModel.from_original(llamagen).config.codebook_l2_norm
+    assert len(said) == 1 and "codebook_l2_norm: taken as true" in said[0] and "config settles" in said[0]
+    assert not VQGANModel.from_original(llamagen, config={"codebook_l2_norm": False}).config.codebook_l2_norm
+    assert len(said) == 1
+
+    original = Original()
+    averages = flat_shadow(original.state_dict()) | {"model_ema.num_updates": torch.tensor(-1, dtype=torch.int32)}
+    voken = save_original(original, tmp_path / "b", {}, "state_dict", **averages)
+    assert VQGANModel.from_original(voken).config.quantizer == "ibq"
+    assert len(said) == 2 and "model.class_path" in said[1] and "pass format='seed_voken'" in said[1]
+    assert VQGANModel.from_original(voken, format="seed_voken").config.quantizer == "vq"
+
+
+def test_seed_voken_evaluates_the_averages_of_its_vqmodel_too(tmp_path, monkeypatch):
+    original = Original()
+    raw = original.state_dict()["encoder.conv_in.weight"]
+    averages = flat_shadow(original.state_dict()) | {"model_ema.num_updates": torch.tensor(-1, dtype=torch.int32)}
+    folder = save_original(original, tmp_path, {}, "state_dict", **averages)
+    for use_ema, shift in ((True, 1), (False, 0)):
+        kind = {"class_path": "src.IBQ.models.ibqgan.VQModel", "init_args": {"use_ema": use_ema}}
+        model = VQGANModel.from_original(folder, config={"model": kind})
+        assert model.config.quantizer == "vq" and torch.equal(model.encoder.conv_in.weight, raw + shift)
+    kind["init_args"] = {"use_ema": "no"}
+    with pytest.raises(ValueError, match="use_ema='no', expected true or false"):
+        VQGANModel.from_original(folder, config={"model": kind})
+
+    said = []
+    monkeypatch.setattr(conversion.logger, "warning", said.append)
+    folder = save_original(original, tmp_path / "without", {}, "state_dict")
+    kind["init_args"] = {"use_ema": True}
+    assert torch.equal(VQGANModel.from_original(folder, config={"model": kind}).encoder.conv_in.weight, raw)
+    assert len(said) == 1 and "no moving averages in spite of use_ema" in said[0]
+
+
+EMU = {"ddconfig": {"ch": 32, "z_channels": 6}, "n_embed": 24, "embed_dim": 4, "beta": 0.25}
+
+
+@pytest.mark.parametrize("told", [{"use_entropy_loss": False, "cosine_similarity": True}, {}])
+def test_flat_config_of_emu(told, tmp_path, monkeypatch):
+    """Emu3.5's IBQ has taming-transformers' keys and no class in its config; it never reads cosine_similarity."""
+    said = []
+    monkeypatch.setattr(conversion.logger, "warning", said.append)
+    original = Original(choice="product")
+    folder = save_original(original, tmp_path, EMU | told, None)
+    pixels = images(original)
+    assert_same(outputs(VQGANModel.from_original(folder), pixels, False), original.run(pixels))
+    assert len(said) == (not told)
+    # the flat arguments of taming-transformers come with a loss
+    taming = VQGANModel.from_original(folder, config=EMU | {"lossconfig": {"target": "taming.DummyLoss"}})
+    assert taming.config.quantizer == "vq"
 
 
 def test_only_ibq_itself_is_ibq(tmp_path):
@@ -538,8 +641,8 @@ def test_each_missing_and_each_surplus_tensor_is_noticed(name, tmp_path):
     kind, options, config, _ = STAND_INS[name]
     tensors = kind(**options).state_dict()
     keys = sorted(key for key in tensors if name != "chameleon" or not key.startswith("post_quant_conv."))
-    if name == "openmuse":
-        keys = [key for key in keys if not re.match(r"encoder\.down\.0\.attn\.", key)]  # never run
+    if name in ("openmuse", "openmuse_movq"):
+        keys = [key for key in keys if not re.match(r"encoder\.down\.[01]\.attn\.", key)]  # never run
     if config:
         (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     for key in keys[:: len(keys) // 6]:
@@ -583,7 +686,7 @@ def test_unknown_family(tmp_path):
     save_file({"backbone.layer1.weight": torch.zeros(2)}, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=r"Seen: backbone\.layer1\.weight\. Known: .*llamagen \(LlamaGen VQ\)"):
         VQGANModel.from_original(tmp_path)
-    with pytest.raises(ValueError, match="format='vae' is not one of 'auto', 'movq', 'taming'"):
+    with pytest.raises(ValueError, match="format='vae' is not one of 'auto', 'movq', 'taming', 'ldm'"):
         VQGANModel.from_original(tmp_path, format="vae")
     save_original(Original(), tmp_path / "taming", {}, "state_dict")
     with pytest.raises(ValueError, match="are not those of LlamaGen VQ"):

@@ -46,6 +46,26 @@ def test_trunk_weights_that_do_not_fit(tmp_path, random_trunk):
         load_trunk_weights("alex", "/nowhere")
 
 
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        (lambda file: file.write_bytes(file.read_bytes()[:5000]), "is damaged, incomplete or no checkpoint"),
+        (lambda file: file.write_bytes(b""), "is damaged, incomplete or no checkpoint"),
+        (lambda file: torch.save({"features": hashlib.sha256}, file), r"its pickle calls for _hashlib\.openssl_sha256"),
+        (lambda file: torch.save([1], file), "holds a list, not a state dict"),
+        (lambda file: torch.save({"a": 1}, file), "holds no state dict: 'a' are not tensors"),
+        (lambda file: torch.save({"features.0.weight": torch.zeros(64, 3, 11, 11).int()}, file), "is torch.int32 or"),
+        (lambda file: torch.save({"features.0.weight": torch.full((64, 3, 11, 11), torch.nan)}, file), "holds NaN"),
+    ],
+)
+def test_weights_that_are_none_are_refused(spoil, message, tmp_path, random_trunk):
+    file = tmp_path / "alexnet.pth"
+    torch.save(load_file(random_trunk / "alex.safetensors"), file)
+    spoil(file)
+    with pytest.raises(ValueError, match=message):
+        load_trunk_weights("alex", str(file))
+
+
 @pytest.fixture
 def empty_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(lpips_weights.constants, "HF_HOME", str(tmp_path))
