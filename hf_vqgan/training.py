@@ -693,8 +693,8 @@ def validate(state: TrainState, validation: ValidationImages, metric: LPIPS, run
         "upscaled_images": state.upscaled,
         "measured_on": {
             "psnr, ssim, lpips, l1, validation_*": f"{len(validation)} validation image(s) of "
-            f"{public_name(config.dataset_name)} ({size}), pixels clamped and mapped to [0, 1], mean over images; LPIPS v0.1 "
-            f"{config.validation_net}",
+            f"{public_name(config.dataset_name)} ({size}), pixels clamped and mapped to [0, 1], mean over images; "
+            f"LPIPS v0.1 {config.validation_net}",
             "perplexity, usage": f"codes of the training crops of the last {report.window_steps} steps "
             f"({report.positions:,} positions); usage is the share of codes hit at least once",
             "seconds": "training loop with validation, without set-up",

@@ -171,7 +171,7 @@ HOLD = """
 import sys, time
 from hf_vqgan.run_folder import RunFolder
 sys.path.insert(0, {tests!r})
-from test_run_folder import VQGANConfig, VQGANTrainingConfig, TINY, Accelerator
+from test_run_checkpoint import VQGANConfig, VQGANTrainingConfig, TINY, Accelerator
 with RunFolder(VQGANTrainingConfig(**{fields!r}), VQGANConfig(**TINY), Accelerator()) as run:
     run.open()
     print("open", flush=True)
@@ -308,9 +308,9 @@ def test_token_is_in_no_file_and_no_output(image_folder, random_trunk, tmp_path,
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     config = run_config(image_folder, random_trunk, tmp_path / "run", max_train_steps=1, report_to="tensorboard",
                         push_to_hub=True, hub_model_id="user/name", hub_token="hf_very_secret")  # fmt: skip
-    with pytest.raises(Exception) as failure:
+    with pytest.raises(Exception, match="Connection refused") as failure:
         train(config, tiny)
-    assert "127.0.0.1" in str(failure.value) and "hf_very_secret" not in str(failure.value)
+    assert "hf_very_secret" not in str(failure.value)
     printed = capfd.readouterr()
     assert "hf_very_secret" not in printed.out + printed.err
     files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
@@ -330,14 +330,7 @@ def cut_back(folder: Path, step: int) -> None:
 
 @pytest.mark.parametrize(
     "quantizer",
-    [
-        "vq_ema",
-        "gumbel",
-        *(
-            pytest.param(name, marks=pytest.mark.slow)
-            for name in ("simvq", "fsq", "lfq", "bsq", "ibq", "residual", "grouped")
-        ),
-    ],
+    [name if name in ("vq_ema", "gumbel") else pytest.param(name, marks=pytest.mark.slow) for name in QUANTIZERS],
 )
 def test_every_quantizer_resumes_to_the_bit(image_folder, random_trunk, tmp_path, quantizer):
     model = VQGANConfig(**TINY | {"quantizer": quantizer} | SPECIAL.get(quantizer, {}))
