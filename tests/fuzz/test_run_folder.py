@@ -33,13 +33,14 @@ from hf_vqgan.run_folder import RunFolder, find_damage, write_manifest
 from hf_vqgan.training import train
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def whole(tmp_path_factory, random_trunk):
     """A run killed after its fifth step of eight, with checkpoints of steps 2 and 4; what it takes to go on; states."""
     folder = tmp_path_factory.mktemp("whole")
-    for number in range(14):
-        (folder / "images").mkdir(exist_ok=True)
-        photo(number).save(folder / "images" / f"{number}.png")
+    for split in ("train", "validation"):
+        (folder / "images" / split).mkdir(parents=True)
+        for number in range(8):
+            photo(number).save(folder / "images" / split / f"{number}.png")
     tiny = VQGANConfig(**TINY)
     more = dict(max_train_steps=8, use_ema=True, streaming=True, checkpoints_total_limit=None, lecam_weight=0.1)
     config = run_config(folder / "images", random_trunk, folder / "run", **more)
@@ -152,6 +153,22 @@ def change_tensor(file: Path, rng: random.Random) -> None:
     save_file(tensors, file)
 
 
+def delete(file: Path, rng: random.Random) -> None:
+    file.unlink()
+
+
+def empty(file: Path, rng: random.Random) -> None:
+    file.write_bytes(b"")
+
+
+def repeat(file: Path, rng: random.Random) -> None:
+    file.write_bytes(file.read_bytes() * 2)
+
+
+def rename(file: Path, rng: random.Random) -> None:
+    file.rename(file.with_name(rng.choice(("random_states_0.pkl", "model.bin", "state.json", "x"))))
+
+
 DAMAGE: tuple[Callable[[Path, random.Random], object], ...] = (
     flip_bytes,
     truncate,
@@ -165,10 +182,10 @@ DAMAGE: tuple[Callable[[Path, random.Random], object], ...] = (
     replace_by_pickle,
     exchange,
     change_tensor,
-    lambda file, rng: file.unlink(),
-    lambda file, rng: file.write_bytes(b""),
-    lambda file, rng: file.write_bytes(file.read_bytes() * 2),
-    lambda file, rng: file.rename(file.with_name(rng.choice(("random_states_0.pkl", "model.bin", "state.json", "x")))),
+    delete,
+    empty,
+    repeat,
+    rename,
 )
 
 
