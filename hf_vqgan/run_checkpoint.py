@@ -115,27 +115,36 @@ class LossScale:
             self.accelerator.scaler.load_state_dict(state)
 
 
-def random_state(device: torch.device) -> dict:
-    """The state of this process's generators: Python's, numpy's, PyTorch's on the CPU and on the device."""
-    version, numbers, gauss = random.getstate()
-    numpy_state: Any = np.random.get_state(legacy=False)
-    key = numpy_state["state"]["key"].tolist()
-    return {
-        "python": [version, list(numbers), gauss],
-        "numpy": numpy_state | {"state": numpy_state["state"] | {"key": key}},
-        "torch": torch.get_rng_state(),
-        "device": None if device.type == "cpu" else torch.get_device_module(device).get_rng_state(),
-    }
+class RandomState:
+    """The generators of all processes, which ask for their state together: Python's, numpy's, PyTorch's."""
 
+    def __init__(self, accelerator: Accelerator):
+        self.process, self.device = str(accelerator.process_index), accelerator.device
 
-def set_random_state(state: dict, device: torch.device) -> None:
-    version, numbers, gauss = state["python"]
-    random.setstate((version, tuple(numbers), gauss))
-    inner = state["numpy"]["state"]
-    np.random.set_state(state["numpy"] | {"state": inner | {"key": np.array(inner["key"], dtype=np.uint32)}})
-    torch.set_rng_state(state["torch"])
-    if device.type != "cpu" and state["device"] is not None:
-        torch.get_device_module(device).set_rng_state(state["device"])
+    def state_dict(self) -> dict:
+        version, numbers, gauss = random.getstate()
+        numpy_state: Any = np.random.get_state(legacy=False)
+        key = numpy_state["state"]["key"].tolist()
+        mine = {
+            "python": [version, list(numbers), gauss],
+            "numpy": numpy_state | {"state": numpy_state["state"] | {"key": key}},
+            "torch": torch.get_rng_state(),
+        }
+        if self.device.type != "cpu":
+            mine["device"] = torch.get_device_module(self.device).get_rng_state()
+        return {str(process): state for process, state in enumerate(gather_object([mine]))}
+
+    def load_state_dict(self, state: dict) -> None:
+        mine = state.get(self.process)
+        if mine is None:  # there are more processes than before, and the new ones keep their fresh seeds
+            return
+        version, numbers, gauss = mine["python"]
+        random.setstate((version, tuple(numbers), gauss))
+        inner = mine["numpy"]["state"]
+        np.random.set_state(mine["numpy"] | {"state": inner | {"key": np.array(inner["key"], dtype=np.uint32)}})
+        torch.set_rng_state(mine["torch"])
+        if self.device.type != "cpu" and "device" in mine:
+            torch.get_device_module(self.device).set_rng_state(mine["device"])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -144,9 +153,7 @@ def set_random_state(state: dict, device: torch.device) -> None:
 
 def collect_states(parts: dict[str, Part], accelerator: Accelerator) -> dict[str, dict]:
     """The states of all parts, and the random states of all processes, which call this together."""
-    states = {name: part.state_dict() for name, part in parts.items()}
-    of_all = gather_object([random_state(accelerator.device)])
-    return states | {"random": {str(process): state for process, state in enumerate(of_all)}}
+    return {name: part.state_dict() for name, part in (parts | {"random": RandomState(accelerator)}).items()}
 
 
 def restore_states(parts: dict[str, Part], states: dict[str, dict], accelerator: Accelerator) -> None:
@@ -156,17 +163,16 @@ def restore_states(parts: dict[str, Part], states: dict[str, dict], accelerator:
     Raises:
         ValueError: if a part is missing or has other contents than this run's; the run is not to be used then.
     """
-    for name, part in parts.items():
+    # Random states last: nothing that is loaded can draw from them then.
+    for name, part in (parts | {"random": RandomState(accelerator)}).items():
         if name not in states:
             raise ValueError(f"it has no {name!r}, which this run has: it is of a run with other settings.")
         try:
             _require_alike(part.state_dict(), states[name])
             part.load_state_dict(states[name])
         except Exception as error:  # what a wrong state does to a part, each part knows for itself
-            raise ValueError(f"{name!r} does not fit this run ({type(error).__name__}: {error}).") from error
-    mine = states["random"].get(str(accelerator.process_index))
-    if mine is not None:  # else there are more processes than before, and the new ones keep their fresh seeds
-        set_random_state(mine, accelerator.device)
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise ValueError(f"{name!r} does not fit this run ({reason}).") from error
 
 
 def _require_alike(own: Any, saved: Any, path: str = "") -> None:
@@ -259,8 +265,11 @@ def _unpickle_values(file: Path) -> Any:
 
 
 def _random_state_of(saved: dict) -> dict:
-    """Accelerate's random states of a process as `random_state` gives them."""
+    """Accelerate's random states of a process as `RandomState` has them."""
     version, numbers, gauss = saved["random_state"]
+    on_device = {}
+    if torch.cuda.is_available() and "torch_cuda_manual_seed" in saved:
+        on_device = {"device": saved["torch_cuda_manual_seed"][torch.cuda.current_device()]}
     _, key, position, has_gauss, numpy_gauss = saved["numpy_random_seed"]
     return {
         "python": [version, list(numbers), gauss],
@@ -271,7 +280,7 @@ def _random_state_of(saved: dict) -> dict:
             "gauss": numpy_gauss,
         },
         "torch": saved["torch_manual_seed"],
-        "device": saved["torch_cuda_manual_seed"][torch.cuda.current_device()] if torch.cuda.is_available() else None,
+        **on_device,
     }
 
 

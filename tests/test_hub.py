@@ -332,11 +332,11 @@ train_latent_diffusion(LatentDiffusionConfig(**places, **small, **sharing))
 
 def test_pushed_files_name_no_place_on_this_machine(hub, run, tmp_path):
     """Models and data in local folders go by their last names; paths would tell who works where, and help nobody."""
-    folder = tmp_path / "somebody" / "tokenizer"
+    folder = tmp_path / "janedoe" / "tokenizer"
     shutil.copytree(run, folder)
     images = json.loads((folder / "metrics.json").read_text())
     settings = yaml.safe_load((folder / "training_config.yaml").read_text())
-    settings["dataset_name"] = str(tmp_path / "somebody" / "photos")
+    settings["dataset_name"] = str(tmp_path / "janedoe" / "photos")
     (folder / "training_config.yaml").write_text(yaml.safe_dump(settings))
     images["measured_on"]["psnr, ssim, lpips, l1, validation_*"] = (
         f"images of {settings['dataset_name']} (older versions)"
@@ -346,19 +346,19 @@ def test_pushed_files_name_no_place_on_this_machine(hub, run, tmp_path):
                 "num_images": 2, "resolution": 32, "resize": 32, "crop": "centre"}  # fmt: skip
     evaluation = {"psnr": 9.0, "protocol": protocol, "models": [{"name": str(folder)}], "skipped": {}}
     (folder / "evaluation.json").write_text(json.dumps(evaluation))
-    (tmp_path / "somebody" / "photos").mkdir()
+    (tmp_path / "janedoe" / "photos").mkdir()
     for number in range(3):
-        photo(number).save(tmp_path / "somebody" / "photos" / f"{number}.png")
+        photo(number).save(tmp_path / "janedoe" / "photos" / f"{number}.png")
 
     kinds = {"local-tokenizer": "model", "local-latents": "dataset", "local-pipeline": "model"}
     names = {name: hub.name(name) for name in kinds}
-    places = {"RUN": folder, "IMAGES": tmp_path / "somebody" / "photos", "LATENTS": tmp_path / "somebody" / "latents",
-              "PIPELINE": tmp_path / "somebody" / "pipeline"}  # fmt: skip
+    places = {"RUN": folder, "IMAGES": tmp_path / "janedoe" / "photos", "LATENTS": tmp_path / "janedoe" / "latents",
+              "PIPELINE": tmp_path / "janedoe" / "pipeline"}  # fmt: skip
     given = "".join(f"{name} = {str(path)!r}\n" for name, path in places.items())
     hub.run(f"{given}TOKEN, names = {hub.token!r}, {names!r}\n" + SHARE_LOCAL, tmp_path / "home", token=None)
     for name, kind in kinds.items():
         files = hub.files(names[name], kind)
-        for secret in (str(tmp_path), "somebody", hub.token, tempfile.gettempdir() + "/", f"{Path.home()}/"):
+        for secret in (str(tmp_path), "janedoe", hub.token, tempfile.gettempdir() + "/", f"{Path.home()}/"):
             found = [path for path, content in files.items() if secret.encode() in content]
             assert not found, f"{secret} is in {found} of {name}"
     files = hub.files(names["local-tokenizer"])
