@@ -61,6 +61,11 @@ class RecipeParser(HfArgumentParser):
             help="YAML file with values for the flags below; `none` for no file. Default: %(default)s.",
         )
 
+    def add_argument(self, *names, **kwargs):
+        # HfArgumentParser passes on all of a field's metadata, of which argparse knows what it calls the same.
+        kwargs.pop("role", None)
+        return super().add_argument(*names, **kwargs)
+
     def parse(self, argv: Sequence[str] | None = None) -> tuple:
         """One instance per dataclass, then a namespace with the flags that belong to none."""
         argv = list(sys.argv[1:] if argv is None else argv)

@@ -9,12 +9,24 @@ from .lpips_weights import NETWORKS
 from .regularizers import TRANSFORMS
 
 
-def option(default, help: str, choices: tuple[str, ...] | None = None):
-    """A field of the training configuration with the help text of its command-line flag."""
-    metadata = {"help": help} | ({"choices": choices} if choices else {})
+def option(default, help: str, choices: tuple[str, ...] | None = None, role: str = "result"):
+    """
+    A field of the training configuration with the help text of its command-line flag.
+
+    Args:
+        role (`str`): What another value means. `"result"`: another run, as it changes what is learned or measured.
+            `"watching"`: the same run, kept or looked at in another way. `"place"`: the same run on another machine or
+            for another account; no file of the run names it. `"secret"`: the same, and it is never shown.
+    """
+    metadata = {"help": help, "role": role} | ({"choices": choices} if choices else {})
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
+    return field(default=default, metadata=metadata, repr=role != "secret")
+
+
+def role_of(config_field: dataclasses.Field) -> str:
+    """The field's role, as `option` describes them."""
+    return config_field.metadata["role"]
 
 
 def check_values(config, positive: tuple[str, ...] = (), not_negative: tuple[str, ...] = ()) -> None:
@@ -55,16 +67,20 @@ class VQGANTrainingConfig:
     image_column: str | None = option(None, "Column with the images. Default: the only image column.")
     max_train_samples: int | None = option(None, "Use only the first so many training images of each dataset.")
     max_validation_samples: int | None = option(64, "Use only the first so many validation images.")
-    cache_dir: str | None = option(None, "Where `datasets` keeps what it downloads.")
+    cache_dir: str | None = option(None, "Where `datasets` keeps what it downloads.", role="place")
     streaming: bool = option(False, "Read the training images as a stream, without downloading or indexing them first.")
     shuffle_buffer_size: int = option(1000, "Images of each stream among which the next one is drawn.")
     shard_groups: int = option(
         1, "Deal a stream's shards out to so many groups, so that processes read only their own."
     )
-    output_dir: str = option("runs/vqgan", "Folder of the run: model, pictures, metrics and checkpoints.")
-    overwrite_output_dir: bool = option(False, "Delete the run that is in output_dir, if there is one.")
+    output_dir: str = option("runs/vqgan", "Folder of the run: model, pictures, metrics and checkpoints.", role="place")
+    overwrite_output_dir: bool = option(
+        False, "Delete a run with other settings from output_dir. The same command again still resumes.", role="place"
+    )
     resume_from_checkpoint: str | None = option(
-        None, "`latest`, or a checkpoint folder. Without it, the same command run again resumes too."
+        None,
+        "`latest` (none yet: a new run), or a checkpoint folder. The same command run again resumes without it, too.",
+        role="place",
     )
 
     init_from: str | None = option(
@@ -79,9 +95,13 @@ class VQGANTrainingConfig:
     random_flip: bool = option(True, "Mirror half of the crops.")
     crops_per_image: int = option(1, "Crops that one image yields per epoch.")
     validate_whole_images: bool = option(False, "Validate on whole images instead of their central square.")
-    max_unreadable_share: float = option(0.2, "Stop when a larger share of the training images cannot be decoded.")
+    max_unreadable_share: float = option(
+        0.2, "Stop when a larger share of the training images cannot be decoded.", role="watching"
+    )
     dataloader_num_workers: int | None = option(
-        None, "Processes that decode images, per training process. Default: its share of the cores but one, at most 8."
+        None,
+        "Processes that decode images, per training process. Default: its share of the cores but one, at most 8.",
+        role="place",
     )
 
     # The three losses (losses.py) and their weights
@@ -128,7 +148,9 @@ class VQGANTrainingConfig:
     )
     dead_code_restart_steps: int = option(0, "Move codes unused for this many steps onto current latents. 0: never.")
     codebook_window: int = option(100, "Training steps over which perplexity and usage are counted.")
-    stop_on_collapse: bool = option(False, "Stop, instead of only warning, when the codebook has collapsed.")
+    stop_on_collapse: bool = option(
+        False, "Stop, instead of only warning, when the codebook has collapsed.", role="watching"
+    )
     entropy_anneal_factor: float = option(1.0, "The entropy loss starts with so many times its weight.")
     entropy_anneal_steps: int = option(0, "Steps over which that factor falls linearly to 1.")
 
@@ -151,39 +173,52 @@ class VQGANTrainingConfig:
     max_grad_norm: float = option(1.0, "Clip the gradient of encoder, quantizer and decoder to this norm. 0: never.")
     disc_max_grad_norm: float | None = option(None, "Same for the discriminator. Default: max_grad_norm.")
     max_nonfinite_steps: int = option(
-        20, "Stop after so many steps in a row with NaN or infinity in a loss or gradient. Each is skipped and counted."
+        20,
+        "Stop after so many steps in a row with NaN or infinity in a loss or gradient. Each is skipped and counted.",
+        role="watching",
     )
     use_ema: bool = option(False, "Keep a moving average of the weights: validated, saved and pushed in their place.")
     model_ema_decay: float = option(0.999, "Largest decay per step of that average; it starts lower.")
     mixed_precision: str = option("no", "Autocast.", choices=("no", "bf16", "fp16"))
-    gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass, to save memory.")
+    gradient_checkpointing: bool = option(
+        False, "Recompute activations in the backward pass, to save memory.", role="watching"
+    )
     torch_compile: bool = option(False, "Compile the blocks of encoder and decoder, the discriminator and LPIPS.")
     torch_compile_backend: str = option("inductor", "What to compile them with.")
     channels_last: bool = option(True, "Keep activations in channels_last memory format.")
-    cpu_threads: int | None = option(None, "Threads per process on CPU. Default: the cores shared evenly.")
+    cpu_threads: int | None = option(
+        None, "Threads per process on CPU. Default: the cores shared evenly.", role="place"
+    )
     seed: int = option(0, "Seed of everything random.")
 
     # Watching and keeping
-    logging_steps: int = option(10, "Steps between lines of log.jsonl and tracker entries.")
+    logging_steps: int = option(10, "Steps between lines of log.jsonl and tracker entries.", role="watching")
     gradient_report_steps: int = option(
         250,
         "Steps between measurements of each loss's gradient at x̂, z and the encoder, as in gradients.png. 0: never.",
+        role="watching",
     )
-    validation_steps: int = option(500, "Steps between validations.")
+    validation_steps: int = option(500, "Steps between validations.", role="watching")
     validation_net: str = option("alex", "LPIPS network of the reported metric.", choices=tuple(NETWORKS))
     latent_statistics_images: int = option(
         512,
         "Training crops whose latents give scaling_factor and shift_factor at the end. 0: not measured.",
     )
-    validation_pictures: int = option(4, "Validation images in reconstructions.png.")
-    checkpointing_steps: int = option(500, "Steps between checkpoints; there is always one at the end.")
-    checkpoints_total_limit: int | None = option(2, "Keep only the latest so many checkpoints.")
-    push_to_hub: bool = option(False, "Push the run to the Hub at every checkpoint.")
-    hub_model_id: str | None = option(None, "Repository to push to. Default: the name of output_dir.")
-    hub_token: str | None = option(None, "Token to push with. Default: the one of `hf auth login`.")
-    hub_private_repo: bool | None = option(None, "Make a new repository private.")
-    hub_license: str | None = option(None, "Licence of the weights for the model card, as the Hub names it.")
-    report_to: str | None = option(None, "Tracker, as Accelerate names it: tensorboard, wandb, trackio, all.")
+    validation_pictures: int = option(4, "Validation images in reconstructions.png.", role="watching")
+    checkpointing_steps: int = option(
+        500, "Steps between checkpoints; there is always one at the end.", role="watching"
+    )
+    checkpoints_total_limit: int | None = option(2, "Keep only the latest so many checkpoints.", role="watching")
+    push_to_hub: bool = option(False, "Push the run to the Hub at every checkpoint.", role="place")
+    hub_model_id: str | None = option(None, "Repository to push to. Default: the name of output_dir.", role="place")
+    hub_token: str | None = option(None, "Token to push with. Default: the one of `hf auth login`.", role="secret")
+    hub_private_repo: bool | None = option(None, "Make a new repository private.", role="place")
+    hub_license: str | None = option(
+        None, "Licence of the weights for the model card, as the Hub names it.", role="place"
+    )
+    report_to: str | None = option(
+        None, "Tracker, as Accelerate names it: tensorboard, wandb, trackio, all.", role="place"
+    )
 
     def __post_init__(self):
         if self.codebook_init is None:

@@ -4,16 +4,19 @@ commit."""
 import json
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
 from huggingface_hub import HfApi, ModelCard
 
 from .image_processing_vqgan import VQGANImageProcessor
-from .model_card import add_evaluation, make_model_card, make_pipeline_card
+from .model_card import add_evaluation, is_local, make_model_card, make_pipeline_card, public_name
 from .modeling_vqgan import VQGANModel
 from .pipelines import VQGANLatentDiffusionPipeline
+from .run_folder import read_mapping, read_settings
 
 EXTRAS = ("metrics.json", "training_config.yaml", "reconstructions.png", "curves.png", "codebook.png")
 PIPELINE_EXTRAS = ("metrics.json", "training_config.yaml")
@@ -35,6 +38,8 @@ def push_run_to_hub(
     Push what a training run left in `output_dir`: the model with its code, the image processor, the card, pictures,
     figures (and evaluation.json, if there is one) and, for plain codebooks, a `diffusers/` folder that
     `diffusers.VQModel` loads without this package.
+
+    Of folders on this machine, models and datasets among them, only their last names go up.
 
     Everything goes up in one commit, which also removes weights of the same variant that it replaces: after an
     interrupted upload the repository is as it was, and another call finishes the job.
@@ -68,19 +73,20 @@ def push_run_to_hub(
         if plain:
             model.to_diffusers().save_pretrained(f"{staging}/diffusers", **saving)
         # The run's config.json again: it names the dtype that loading defaults to, which a variant must not change.
-        for name in ("config.json", *EXTRAS):
+        evaluated = (folder / "evaluation.json").is_file()
+        for name in ("config.json", *EXTRAS, *(["evaluation.json"] if evaluated else [])):
             shutil.copy(folder / name, staging)
+        hide_paths(Path(staging), folder)
         card = make_model_card(
             repo_id,
-            settings=yaml.safe_load((folder / "training_config.yaml").read_text()),
+            settings=read_settings(Path(staging, "training_config.yaml")),
             model_config=model.config,
-            metrics=json.loads((folder / "metrics.json").read_text()),
+            metrics=read_mapping(Path(staging, "metrics.json")),
             has_diffusers=plain,
             license=license or _license_there(api, repo_id),
         )
-        if (folder / "evaluation.json").is_file():
-            shutil.copy(folder / "evaluation.json", staging)
-            card = add_evaluation(card, json.loads((folder / "evaluation.json").read_text()), repo_id.split("/")[-1])
+        if evaluated:
+            card = add_evaluation(card, read_mapping(Path(staging, "evaluation.json")), repo_id.split("/")[-1])
         card.save(f"{staging}/README.md")
         other = _weights("diffusers/diffusion_pytorch_model", variant) if plain else ["diffusers/*"]
         replaced = [*_weights("model", variant), *other]
@@ -124,11 +130,12 @@ def push_pipeline_to_hub(
         samples = sorted(folder.glob("samples-*.png"), key=lambda file: int(file.stem.split("-")[1]))
         if samples:
             shutil.copy(samples[-1], f"{staging}/samples.png")
+        hide_paths(Path(staging), folder)
         make_pipeline_card(
             repo_id,
-            settings=yaml.safe_load((folder / "training_config.yaml").read_text()),
+            settings=read_settings(Path(staging, "training_config.yaml")),
             pipeline=pipeline,
-            metrics=json.loads((folder / "metrics.json").read_text()),
+            metrics=read_mapping(Path(staging, "metrics.json")),
             has_samples=bool(samples),
             license=license or _license_there(api, repo_id),
         ).save(f"{staging}/README.md")
@@ -139,6 +146,49 @@ def push_pipeline_to_hub(
 def _check_finished(folder: Path, *names: str) -> None:
     if missing := [name for name in names if not (folder / name).is_file()]:
         raise FileNotFoundError(f"{folder} is not a finished run: {', '.join(missing)} missing.")
+
+
+def hide_paths(staging: Path, run: Path) -> None:
+    """
+    Put the last name of each file and folder on this machine in place of its path, in all JSON and YAML files.
+
+    Args:
+        staging (`Path`): Folder with the files, which are changed.
+        run (`Path`): The folder that they come from.
+    """
+    documents = {file: read_mapping(file) for file in staging.rglob("*.json")}
+    documents |= {file: read_settings(file) for file in staging.rglob("*.yaml")}
+    names = {text: public_name(text) for content in documents.values() for text in _texts(content) if is_local(text)}
+    names[str(run.resolve())] = public_name(str(run))
+    for file, content in documents.items():
+        hidden = _replace(content, dict(sorted(names.items(), key=lambda pair: -len(pair[0]))))
+        if hidden != content:
+            as_json = json.dumps(hidden, indent=2) + "\n"
+            text = as_json if file.suffix == ".json" else yaml.safe_dump(hidden, sort_keys=False)
+            file.write_text(text, encoding="utf-8")
+
+
+def _texts(content: Any) -> Iterator[str]:
+    """All texts in nested lists and dicts."""
+    if isinstance(content, str):
+        yield content
+    elif isinstance(content, (list, dict)):
+        for item in content.values() if isinstance(content, dict) else content:
+            yield from _texts(item)
+
+
+def _replace(content: Any, names: dict[str, str]) -> Any:
+    """Nested lists and dicts with each text that is a key of `names` replaced, and paths inside of longer texts too."""
+    if isinstance(content, dict):
+        return {key: _replace(item, names) for key, item in content.items()}
+    if isinstance(content, list):
+        return [_replace(item, names) for item in content]
+    if isinstance(content, str):
+        if content in names:
+            return names[content]
+        for path, name in names.items():
+            content = content.replace(path, name) if "/" in path or "\\" in path else content
+    return content
 
 
 def _license_there(api: HfApi, repo_id: str) -> str | None:

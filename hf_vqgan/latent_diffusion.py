@@ -37,6 +37,7 @@ from .hub import push_pipeline_to_hub
 from .latent_samples import LatentSamples, encode_samples, raw_latents
 from .modeling_vqgan import VQGANModel
 from .pipelines import VQGANLatentDiffusionPipeline, count_classes, normalize_latents, predict
+from .run_checkpoint import LossScale, NamedAverages, NamedOptimizer, Part
 from .run_folder import RunFolder
 from .training import share_cpu_threads
 
@@ -54,11 +55,17 @@ class LatentDiffusionConfig:
     image_column: str | None = option(None, "Column with the images. Default: the only image column.")
     class_column: str | None = option(None, "Column with class numbers to condition on. Default: unconditional.")
     max_train_samples: int | None = option(None, "Use only the first so many rows.")
-    cache_dir: str | None = option(None, "Where `datasets` keeps what it downloads.")
-    output_dir: str = option("runs/diffusion", "Folder of the run: pipeline, sample grids, log and checkpoints.")
-    overwrite_output_dir: bool = option(False, "Delete the run that is in output_dir, if there is one.")
+    cache_dir: str | None = option(None, "Where `datasets` keeps what it downloads.", role="place")
+    output_dir: str = option(
+        "runs/diffusion", "Folder of the run: pipeline, sample grids, log and checkpoints.", role="place"
+    )
+    overwrite_output_dir: bool = option(
+        False, "Delete a run with other settings from output_dir. The same command again still resumes.", role="place"
+    )
     resume_from_checkpoint: str | None = option(
-        None, "`latest`, or a checkpoint folder. Without it, the same command run again resumes too."
+        None,
+        "`latest` (none yet: a new run), or a checkpoint folder. The same command run again resumes without it, too.",
+        role="place",
     )
 
     # From images to pixels; not used with an encoded dataset
@@ -66,9 +73,11 @@ class LatentDiffusionConfig:
     resize: int | None = option(None, "Shorter side before cropping. Default: resolution. 0: keep the image's size.")
     center_crop: bool = option(True, "Crop the centre instead of a random place.")
     random_flip: bool = option(False, "Mirror half of the crops.")
-    dataloader_num_workers: int = option(0, "Processes that load data, per training process.")
+    dataloader_num_workers: int = option(0, "Processes that load data, per training process.", role="place")
     latent_cache_gb: float = option(
-        2.0, "Encode once, before training, if there is no random crop or flip and latents take at most so many GB."
+        2.0,
+        "Encode once, before training, if there is no random crop or flip and latents take at most so many GB.",
+        role="watching",
     )
 
     # The denoiser
@@ -81,7 +90,9 @@ class LatentDiffusionConfig:
     num_attention_heads: int = option(6, "DiT: heads per block.")
     patch_size: int = option(2, "DiT: side in latents of a token.")
     attention_head_dim: int = option(64, "Both: channels per attention head.")
-    gradient_checkpointing: bool = option(False, "Both: recompute activations in the backward pass to save memory.")
+    gradient_checkpointing: bool = option(
+        False, "Both: recompute activations in the backward pass to save memory.", role="watching"
+    )
 
     # What it learns
     objective: str = option("flow_matching", "Flow ε - z, or a DDPM.", choices=("flow_matching", "ddpm"))
@@ -107,23 +118,31 @@ class LatentDiffusionConfig:
     adam_epsilon: float = option(1e-8, "Adam's ε.")
     max_grad_norm: float = option(1.0, "Clip the gradient to this norm. 0: never.")
     mixed_precision: str = option("no", "Autocast.", choices=("no", "bf16", "fp16"))
-    cpu_threads: int | None = option(None, "Threads per process on CPU. Default: the cores shared evenly.")
+    cpu_threads: int | None = option(
+        None, "Threads per process on CPU. Default: the cores shared evenly.", role="place"
+    )
     seed: int = option(0, "Seed of everything random.")
 
     # Watching, keeping, sharing
-    logging_steps: int = option(50, "Steps between lines of log.jsonl and tracker entries.")
-    sample_steps: int = option(1000, "Steps between sample grids; there is always one at the end.")
-    sample_images: int = option(32, "Images in a grid; with classes, shared among them, one row each.")
-    sample_inference_steps: int = option(30, "Scheduler steps of a sample.")
-    sample_guidance_scale: float = option(2.0, "Guidance of class-conditional samples.")
-    checkpointing_steps: int = option(1000, "Steps between checkpoints; there is always one at the end.")
-    checkpoints_total_limit: int | None = option(2, "Keep only the latest so many checkpoints.")
-    report_to: str | None = option(None, "Tracker, as Accelerate names it: tensorboard, wandb, trackio, all.")
-    push_to_hub: bool = option(False, "Push the pipeline to the Hub at every checkpoint.")
-    hub_model_id: str | None = option(None, "Repository to push to. Default: the name of output_dir.")
-    hub_token: str | None = option(None, "Token to push with. Default: the one of `hf auth login`.")
-    hub_private_repo: bool | None = option(None, "Make a new repository private.")
-    hub_license: str | None = option(None, "Licence of the weights for the model card, as the Hub names it.")
+    logging_steps: int = option(50, "Steps between lines of log.jsonl and tracker entries.", role="watching")
+    sample_steps: int = option(1000, "Steps between sample grids; there is always one at the end.", role="watching")
+    sample_images: int = option(32, "Images in a grid; with classes, shared among them, one row each.", role="watching")
+    sample_inference_steps: int = option(30, "Scheduler steps of a sample.", role="watching")
+    sample_guidance_scale: float = option(2.0, "Guidance of class-conditional samples.", role="watching")
+    checkpointing_steps: int = option(
+        1000, "Steps between checkpoints; there is always one at the end.", role="watching"
+    )
+    checkpoints_total_limit: int | None = option(2, "Keep only the latest so many checkpoints.", role="watching")
+    report_to: str | None = option(
+        None, "Tracker, as Accelerate names it: tensorboard, wandb, trackio, all.", role="place"
+    )
+    push_to_hub: bool = option(False, "Push the pipeline to the Hub at every checkpoint.", role="place")
+    hub_model_id: str | None = option(None, "Repository to push to. Default: the name of output_dir.", role="place")
+    hub_token: str | None = option(None, "Token to push with. Default: the one of `hf auth login`.", role="secret")
+    hub_private_repo: bool | None = option(None, "Make a new repository private.", role="place")
+    hub_license: str | None = option(
+        None, "Licence of the weights for the model card, as the Hub names it.", role="place"
+    )
 
     def __post_init__(self):
         check_values(
@@ -385,17 +404,30 @@ def train_latent_diffusion(config: LatentDiffusionConfig, dry_run: bool = False)
             batch_loss(state, send_to_device(default_collate([samples[0]]), accelerator.device))
         return {}
 
-    run = PipelineRunFolder(config, None, accelerator)
-    if checkpoint := run.open():
-        accelerator.load_state(str(checkpoint))
-        accelerator.print(f"Resuming from {checkpoint} at step {state.step}.")
-    run.truncate_log(state.step)
-    if state.step < config.max_train_steps:
-        run_steps(state, samples, run)
-    else:
-        accelerator.print(f"The run in {config.output_dir} is already complete ({state.step} steps).")
-        push(state, run)
-    return run.read_metrics()
+    with PipelineRunFolder(config, None, accelerator) as run:
+        if checkpoint := run.open():
+            run.load_checkpoint(checkpoint, checkpoint_parts(state))
+            accelerator.print(f"Resuming from {checkpoint} at step {state.step}.")
+        run.truncate_log(state.step)
+        if state.step < config.max_train_steps:
+            run_steps(state, samples, run)
+        else:
+            accelerator.print(f"The run in {config.output_dir} is already complete ({state.step} steps).")
+            push(state, run)
+        return run.read_metrics()
+
+
+def checkpoint_parts(state: DiffusionState) -> dict[str, Part]:
+    """What a checkpoint holds, by name, but for the random states."""
+    denoiser = state.accelerator.unwrap_model(state.denoiser)
+    return {
+        "denoiser": denoiser,
+        "optimizer": NamedOptimizer(state.optimizer, denoiser=denoiser),
+        "scheduler": state.lr_schedule,
+        "averages": NamedAverages(state.ema, denoiser),
+        "progress": state,
+        "loss_scale": LossScale(state.accelerator),
+    }
 
 
 def run_steps(state: DiffusionState, samples: LatentSamples, run: PipelineRunFolder) -> None:
@@ -435,7 +467,7 @@ def run_steps(state: DiffusionState, samples: LatentSamples, run: PipelineRunFol
                 "seconds": round(state.seconds, 1),
                 "samples_per_second": row["samples_per_second"],
             })  # fmt: skip
-            run.save_checkpoint(state.pipeline, state.step)
+            run.save_checkpoint(state.pipeline, state.step, checkpoint_parts(state))
             push(state, run)
     progress.close()
     if config.report_to:
@@ -494,7 +526,7 @@ def cache_size(state: DiffusionState, samples: LatentSamples) -> float:
 def build_state(
     config: LatentDiffusionConfig, accelerator: Accelerator, vqgan: VQGANModel, samples: LatentSamples
 ) -> DiffusionState:
-    """Networks, optimizer and schedules, prepared by Accelerate and registered with its checkpoints."""
+    """Networks, optimizer and schedules, prepared by Accelerate."""
     channels, side, _ = latent_shape(samples, vqgan)
     denoiser = build_denoiser(config, channels, side, len(samples.classes))
     averaged = copy.deepcopy(denoiser).eval().requires_grad_(False).to(accelerator.device)
@@ -522,7 +554,6 @@ def build_state(
         num_training_steps=state.config.max_train_steps,
     )
     state.denoiser, state.optimizer = accelerator.prepare(denoiser.train(), optimizer)
-    accelerator.register_for_checkpointing(state.lr_schedule, ema, state)
     return state
 
 

@@ -287,5 +287,15 @@ def _on_hub(name: str) -> bool:
     return name.count("/") == 1 and not name.startswith((".", "/", "~", "package:")) and not Path(name).exists()
 
 
+def is_local(name: str) -> bool:
+    """Whether a text names something on this machine: a path from a root, a home or here, or one that is there."""
+    return bool(re.match(r"/|~|\.{1,2}(/|$)|[A-Za-z]:\\", name)) or (len(name) < 256 and Path(name).exists())
+
+
+def public_name(name: str) -> str:
+    """How others may know a model or dataset: by its name on the Hub, or by the last name of its path here."""
+    return Path(name).expanduser().resolve().name or "local" if is_local(name) else name
+
+
 def _link(name: str, prefix: str = "") -> str:
     return f"[{name}](https://huggingface.co/{prefix}{name})" if _on_hub(name) else f"`{name}`"

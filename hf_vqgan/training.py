@@ -42,9 +42,11 @@ from .gradient_flow import measure_gradients
 from .hub import push_run_to_hub
 from .losses import LPIPS
 from .metrics import CodebookHealth, evaluate_reconstruction, measure_latents
+from .model_card import public_name
 from .modeling_vqgan import VQGANModel
 from .pictures import draw_codebook, draw_curves, draw_gradients, draw_reconstructions
 from .regularizers import FeatureAlignment
+from .run_checkpoint import LossScale, NamedAverages, NamedOptimizer, Part
 from .run_folder import RunFolder, public_settings
 from .streaming_data import StreamedImages, load_image_stream
 from .training_step import StepOutput, TrainState, initialize_codebook, training_step, update_codebook
@@ -177,8 +179,6 @@ def train(config: VQGANTrainingConfig, model_config: VQGANConfig, dry_run: bool 
         config = dataclasses.replace(config, max_train_steps=steps)
     perceptual, metric = load_lpips(config, accelerator)
     state = build_state(config, model_config, accelerator, perceptual)
-    if config.streaming:
-        accelerator.register_for_checkpointing(dataset)
 
     if accelerator.is_main_process:
         print(describe_plan(state, dataset, validation, global_batch))
@@ -188,23 +188,24 @@ def train(config: VQGANTrainingConfig, model_config: VQGANConfig, dry_run: bool 
             state.model(next(batches)["pixel_values"])
         return {}
 
-    run = RunFolder(config, model_config, accelerator)
-    resume(state, run)
-    if state.step >= config.max_train_steps:
-        accelerator.print(f"The run in {config.output_dir} is already complete ({state.step} steps).")
-        return run.read_metrics()
-    if config.report_to:
-        settings = {name: str(value) for name, value in public_settings(config).items()}
-        accelerator.init_trackers("vqgan", settings, init_kwargs={"wandb": {"dir": config.output_dir}})
-    # Closed at once, whatever happens: workers that outlive the notice also outlive the program, which waits for them.
-    loader = micro_batch_loader(state, dataset)
-    with PreemptionNotice(accelerator) as notice, contextlib.closing(loader):
-        metrics = run_steps(state, run, dataset, WaitClock(loader), validation, metric, notice)
-    if state.unreadable or state.upscaled:
-        accelerator.print(describe_bad_images(state))
-    if config.report_to:
-        accelerator.end_training()
-    return metrics
+    with RunFolder(config, model_config, accelerator) as run:
+        resume(state, run, dataset)
+        if state.step >= config.max_train_steps:
+            accelerator.print(f"The run in {config.output_dir} is already complete ({state.step} steps).")
+            return run.read_metrics()
+        if config.report_to:
+            settings = {name: str(value) for name, value in public_settings(config).items()}
+            accelerator.init_trackers("vqgan", settings, init_kwargs={"wandb": {"dir": config.output_dir}})
+        # Closed at once, whatever happens: workers that outlive the notice also outlive the program, which waits for
+        # them.
+        loader = micro_batch_loader(state, dataset)
+        with PreemptionNotice(accelerator) as notice, contextlib.closing(loader):
+            metrics = run_steps(state, run, dataset, WaitClock(loader), validation, metric, notice)
+        if state.unreadable or state.upscaled:
+            accelerator.print(describe_bad_images(state))
+        if config.report_to:
+            accelerator.end_training()
+        return metrics
 
 
 def build_accelerator(config: VQGANTrainingConfig) -> Accelerator:
@@ -232,14 +233,33 @@ def check_distributed_type(kind: DistributedType) -> None:
         )
 
 
-def resume(state: TrainState, run: RunFolder) -> None:
+def resume(state: TrainState, run: RunFolder, dataset: TrainingImages | MixedImages | StreamedImages) -> None:
     """Claim the run's folder and load the latest checkpoint, if there is one."""
     if checkpoint := run.open():
-        state.accelerator.load_state(str(checkpoint))
+        run.load_checkpoint(checkpoint, checkpoint_parts(state, dataset))
         state.accelerator.print(f"Resuming from {checkpoint} at step {state.step}.")
-        if state.ema is not None:
-            state.ema.to(state.accelerator.device)
     run.truncate_log(state.step)
+
+
+def checkpoint_parts(state: TrainState, dataset: TrainingImages | MixedImages | StreamedImages) -> dict[str, Part]:
+    """What a checkpoint holds, by name, but for the random states."""
+    networks = {"model": state.model, "alignment": state.alignment, "discriminator": state.discriminator}
+    networks = {
+        name: state.accelerator.unwrap_model(network) for name, network in networks.items() if network is not None
+    }
+    parts: dict[str, Part] = networks | {
+        "optimizer": NamedOptimizer(state.optimizer, **networks),
+        "scheduler": state.scheduler,
+    }
+    if state.discriminator is not None:
+        parts["disc_optimizer"] = NamedOptimizer(state.disc_optimizer, **networks)
+        parts["disc_scheduler"] = state.disc_scheduler
+    if state.ema is not None:
+        parts["averages"] = NamedAverages(state.ema, state.vqgan)
+    parts["progress"] = state
+    if isinstance(dataset, StreamedImages):
+        parts["data"] = dataset
+    return parts | {"loss_scale": LossScale(state.accelerator)}
 
 
 def run_steps(
@@ -299,7 +319,8 @@ def run_steps(
             )
         preempted = notice.received and not last
         if state.step % config.checkpointing_steps == 0 or last or preempted:
-            run.save_checkpoint(state.vqgan, state.step, state.averaged_weights())
+            parts = checkpoint_parts(state, dataset)
+            run.save_checkpoint(state.vqgan, state.step, parts, state.averaged_weights())
         if preempted:
             raise Preempted(f"stopped by {notice.name or 'notice to another process'}: saved step {state.step}.")
         if state.step % config.checkpointing_steps == 0 or last:
@@ -438,7 +459,7 @@ def log_row(state: TrainState, output: StepOutput, restarted: int, global_batch:
 def build_state(
     config: VQGANTrainingConfig, model_config: VQGANConfig, accelerator: Accelerator, perceptual: LPIPS | None
 ) -> TrainState:
-    """Networks, optimizers and schedules, prepared by Accelerate and registered with its checkpoints."""
+    """Networks, optimizers and schedules; the networks as Accelerate prepares them."""
     model = build_model(config, model_config)
     discriminator = disc_optimizer = disc_scheduler = None
     if config.adversarial_weight and config.disc_start < config.max_train_steps:
@@ -475,7 +496,8 @@ def build_state(
         ema = EMAModel(accelerator.unwrap_model(model).parameters(), decay=config.model_ema_decay)
         ema.to(accelerator.device)
     health = CodebookHealth(model_config.num_vq_embeddings, model_config.num_codebooks, config.codebook_window)
-    state = TrainState(
+    # Accelerate's own optimizers would not do: two of them cannot share one fp16 scale (`update_weights`).
+    return TrainState(
         config,
         accelerator,
         model,
@@ -489,10 +511,6 @@ def build_state(
         ema=ema,
         alignment=alignment,
     )
-    # Accelerate's own optimizers would not do: two of them cannot share one fp16 scale (`update_weights`).
-    parts = (optimizer, scheduler, disc_optimizer, disc_scheduler, ema, state)
-    accelerator.register_for_checkpointing(*(part for part in parts if part is not None))
-    return state
 
 
 def prepare_generator(model: VQGANModel, accelerator: Accelerator) -> nn.Module:
@@ -731,8 +749,9 @@ def validate(state: TrainState, validation: ValidationImages, metric: LPIPS, run
         "unreadable_images": len(state.unreadable_images),
         "upscaled_images": state.upscaled,
         "measured_on": {
-            "psnr, ssim, lpips, l1, validation_*": f"{len(validation)} validation image(s) of {config.dataset_name} "
-            f"({size}), pixels clamped and mapped to [0, 1], mean over images; LPIPS v0.1 {config.validation_net}",
+            "psnr, ssim, lpips, l1, validation_*": f"{len(validation)} validation image(s) of "
+            f"{public_name(config.dataset_name)} ({size}), pixels clamped and mapped to [0, 1], mean over images; "
+            f"LPIPS v0.1 {config.validation_net}",
             "perplexity, usage": f"codes of the training crops of the last {report.window_steps} steps "
             f"({report.positions:,} positions); usage is the share of codes hit at least once",
             "seconds": "training loop with validation, without set-up",

@@ -10,6 +10,8 @@ The token has to be allowed to create and delete repositories. Tests that make t
 
 import json
 import os
+import shutil
+import tempfile
 import uuid
 from pathlib import Path
 
@@ -17,6 +19,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+import yaml
 from conftest import TINY, image_bytes, photo, write_tar
 from hub_server import Hub, LoopbackHub
 
@@ -310,6 +313,64 @@ def test_latents_and_pipeline_are_pushed_and_used(hub, published, tmp_path):
     assert f"- {latents}" in card and f"base_model: {published['tokenizer']}" in card
     everything = [*files.values(), *hub.files(latents, "dataset").values()]
     assert not any(hub.token.encode() in content for content in everything)
+
+
+SHARE_LOCAL = """
+from hf_vqgan.hub import push_run_to_hub
+from hf_vqgan.latent_dataset import EncodingConfig, encode_dataset
+from hf_vqgan.latent_diffusion import LatentDiffusionConfig, train_latent_diffusion
+
+push_run_to_hub(RUN, names["local-tokenizer"], token=TOKEN)
+sharing = {"push_to_hub": True, "hub_token": TOKEN, "cpu_threads": 1}
+encode_dataset(RUN, IMAGES, LATENTS, EncodingConfig(resolution=32, hub_dataset_id=names["local-latents"], **sharing))
+small = dict(block_out_channels=[8, 16], layers_per_block=1, norm_num_groups=4, attention_head_dim=4)
+small |= dict(train_batch_size=2, max_train_steps=1, sample_images=1, sample_inference_steps=1)
+places = dict(vqgan=RUN, dataset_name=LATENTS, output_dir=PIPELINE, hub_model_id=names["local-pipeline"])
+train_latent_diffusion(LatentDiffusionConfig(**places, **small, **sharing))
+"""
+
+
+def test_pushed_files_name_no_place_on_this_machine(hub, run, tmp_path):
+    """Models and data in local folders go by their last names; paths would tell who works where, and help nobody."""
+    folder = tmp_path / "janedoe" / "tokenizer"
+    shutil.copytree(run, folder)
+    images = json.loads((folder / "metrics.json").read_text())
+    settings = yaml.safe_load((folder / "training_config.yaml").read_text())
+    settings["dataset_name"] = str(tmp_path / "janedoe" / "photos")
+    (folder / "training_config.yaml").write_text(yaml.safe_dump(settings))
+    images["measured_on"]["psnr, ssim, lpips, l1, validation_*"] = (
+        f"images of {settings['dataset_name']} (older versions)"
+    )
+    (folder / "metrics.json").write_text(json.dumps(images))
+    protocol = {"dataset": settings["dataset_name"], "dataset_config": None, "split": "test", "dataset_commit": None,
+                "num_images": 2, "resolution": 32, "resize": 32, "crop": "centre"}  # fmt: skip
+    evaluation = {"psnr": 9.0, "protocol": protocol, "models": [{"name": str(folder)}], "skipped": {}}
+    (folder / "evaluation.json").write_text(json.dumps(evaluation))
+    (tmp_path / "janedoe" / "photos").mkdir()
+    for number in range(3):
+        photo(number).save(tmp_path / "janedoe" / "photos" / f"{number}.png")
+
+    kinds = {"local-tokenizer": "model", "local-latents": "dataset", "local-pipeline": "model"}
+    names = {name: hub.name(name) for name in kinds}
+    places = {"RUN": folder, "IMAGES": tmp_path / "janedoe" / "photos", "LATENTS": tmp_path / "janedoe" / "latents",
+              "PIPELINE": tmp_path / "janedoe" / "pipeline"}  # fmt: skip
+    given = "".join(f"{name} = {str(path)!r}\n" for name, path in places.items())
+    hub.run(f"{given}TOKEN, names = {hub.token!r}, {names!r}\n" + SHARE_LOCAL, tmp_path / "home", token=None)
+    for name, kind in kinds.items():
+        files = hub.files(names[name], kind)
+        for secret in (str(tmp_path), "janedoe", hub.token, tempfile.gettempdir() + "/", f"{Path.home()}/"):
+            found = [path for path, content in files.items() if secret.encode() in content]
+            assert not found, f"{secret} is in {found} of {name}"
+    files = hub.files(names["local-tokenizer"])
+    assert (
+        "Data: `photos`." in files["README.md"].decode() and "images of photos (older" in files["metrics.json"].decode()
+    )
+    assert json.loads(files["evaluation.json"])["models"] == [{"name": "tokenizer"}]
+    assert yaml.safe_load(files["training_config.yaml"])["dataset_name"] == "photos"
+    assert "VQ-GAN: `tokenizer`. Data: `latents`." in hub.files(names["local-pipeline"])["README.md"].decode()
+    assert (
+        str(tmp_path) in (folder / "training_config.yaml").read_text()
+    )  # where it stays, since the run is resumed by it
 
 
 @on_loopback

@@ -298,7 +298,7 @@ def test_what_a_run_leaves_behind(tmp_path, vqgan, labelled, trained_model):
     metrics = train_latent_diffusion(diffusion(vqgan, labelled, folder))
     assert {file.name for file in folder.iterdir()} == {
         "model_index.json", "vqvae", "denoiser", "scheduler", "metrics.json", "log.jsonl", "training_config.yaml",
-        "samples-2.png", "samples-4.png", "checkpoint-2", "checkpoint-4",
+        "samples-2.png", "samples-4.png", "checkpoint-2", "checkpoint-4", ".lock",
     }  # fmt: skip
     assert json.loads((folder / "metrics.json").read_text()) == metrics and metrics["steps"] == 4
     with Image.open(folder / "samples-4.png") as grid:

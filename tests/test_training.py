@@ -73,7 +73,7 @@ def test_what_a_run_leaves_behind(image_folder, random_trunk, tmp_path, tiny):
     assert metrics["steps"] == 6 and metrics["num_images"] == 2
     names = {file.name for file in folder.iterdir() if file.suffix != ".py"}  # the code travels with the model
     assert names == {
-        "codebook.png",
+        ".lock", "codebook.png",
         "config.json", "model.safetensors", "preprocessor_config.json", "metrics.json", "reconstructions.png",
         "curves.png", "log.jsonl", "training_config.yaml", "checkpoint-4", "checkpoint-6",
     }  # fmt: skip
@@ -204,12 +204,12 @@ def test_damaged_checkpoints_are_passed_over(image_folder, random_trunk, tmp_pat
     six, four = (tmp_path / "run" / f"checkpoint-{step}" for step in (6, 4))
     file = max(six.iterdir(), key=lambda path: path.stat().st_size)
     file.write_bytes(file.read_bytes()[:-100])
-    contents = bytearray((four / "custom_checkpoint_0.pkl").read_bytes())
+    contents = bytearray((four / "optimizer.safetensors").read_bytes())
     contents[len(contents) // 2] ^= 1
-    (four / "custom_checkpoint_0.pkl").write_bytes(contents)
+    (four / "optimizer.safetensors").write_bytes(contents)
     for path in ("model.safetensors", "log.jsonl"):
         (tmp_path / "run" / path).unlink()
-    with pytest.raises(ValueError, match="checkpoint-4: the checkpoint is damaged: custom_checkpoint_0.pkl has other"):
+    with pytest.raises(ValueError, match="checkpoint-4: the checkpoint is damaged: optimizer.safetensors has other"):
         train(dataclasses.replace(config, resume_from_checkpoint=str(four)), tiny)
     train(config, tiny)
     messages = [record.message for record in caplog.records if "is damaged" in record.message]
@@ -287,10 +287,8 @@ def test_averaged_weights_are_validated_and_saved(image_folder, random_trunk, tm
     saved, names = final_weights(tmp_path / "run"), [name for name, _ in VQGANModel(tiny).named_parameters()]
 
     def averages(step):
-        folder = tmp_path / "run" / f"checkpoint-{step}"
-        states = [torch.load(file, weights_only=True) for file in sorted(folder.glob("custom_checkpoint_*"))]
-        (shadow,) = [state["shadow_params"] for state in states if "shadow_params" in state]
-        return dict(zip(names, shadow, strict=True))
+        saved = load_file(tmp_path / "run" / f"checkpoint-{step}" / "averages.safetensors")
+        return {name: saved[f"shadow_params.{name}"] for name in names}
 
     moved = [name for name in names if not torch.equal(raw[name], saved[name])]
     assert len(moved) > len(names) / 2
@@ -427,7 +425,7 @@ def test_dry_run_writes_nothing(image_folder, random_trunk, tmp_path, tiny, caps
     [
         ({"resolution": 33}, ValueError, "resolution=33 is not a multiple of 2"),
         ({"resolution": 16}, ValueError, "resolution=16 is too small for LPIPS with validation_net='alex'.*31 pixels"),
-        ({"resume_from_checkpoint": "latest"}, FileNotFoundError, "no whole checkpoint-N in"),
+        ({"resume_from_checkpoint": "gone"}, FileNotFoundError, "--resume_from_checkpoint gone: no such folder"),
         ({"image_column": "label"}, ValueError, "'label' is not an image column"),
     ],
 )
