@@ -68,7 +68,10 @@ def test_misspelt_field_is_reported_with_the_right_name():
             {"rotation_trick": True, "quantizer": "fsq"},
             "rotation_trick=True is for quantizer='vq', 'vq_ema' or 'simvq'",
         ),
-        ({"ema_decay": 0.5, "quantizer": "grouped", "num_codebooks": 2}, "ema_decay=0.5 .* not for 'grouped' of 'vq'"),
+        (
+            {"ema_decay": 0.5, "quantizer": "grouped", "num_codebooks": 2},
+            "not for 'grouped' with base_quantizer='vq'",
+        ),
         ({"base_quantizer": "simvq"}, "base_quantizer='simvq' is for quantizer='residual' or 'grouped', not for 'vq'"),
     ],
 )
