@@ -330,7 +330,10 @@ class VQGANConfig(PreTrainedConfig):
                 f"2**vq_embed_dim, and vq_embed_dim is {dim}."
             )
         if kind == "grouped" and dim % self.num_codebooks:
-            raise ValueError(f"vq_embed_dim={dim} is not a multiple of num_codebooks={self.num_codebooks}.")
+            raise ValueError(
+                f"vq_embed_dim={dim} is not a multiple of num_codebooks={self.num_codebooks}, among which "
+                "quantizer='grouped' shares it out."
+            )
         if kind == "residual" and self.codebook_l2_norm:
             raise ValueError(
                 "codebook_l2_norm=True with quantizer='residual': unit codes cannot shrink a residual. Use 'grouped', "
@@ -369,15 +372,17 @@ def bounds_broken(value, bounds: Mapping[str, Any]) -> str | None:
 
 def idle_options(values: Mapping[str, Any]) -> dict[str, str]:
     """The options, away from their defaults, that the quantizer in `values` does not have, each with who has it."""
-    kind = values.get("quantizer", "vq")
-    kinds = (kind, values.get("base_quantizer", "vq")) if kind in COMPOSITE else (kind,)
+    kind, base = values.get("quantizer", "vq"), values.get("base_quantizer", "vq")
     idle: dict[str, str] = {}
     if kind not in BUILT_IN:  # somebody's own, who knows what it has
         return idle
+    kinds, described = [kind], repr(kind)
+    if kind in COMPOSITE:
+        kinds, described = [kind, base], f"{kind!r} with base_quantizer={base!r}"
     for item in fields(VQGANConfig):
         owners, value = item.metadata.get("quantizers"), values.get(item.name, item.default)
         if owners and value != item.default and not any(each in owners for each in kinds):
             *others, last = map(repr, owners)
             names = f"{', '.join(others)} or {last}" if others else last
-            idle[item.name] = f"{item.name}={value!r} is for quantizer={names}, not for {' of '.join(map(repr, kinds))}"
+            idle[item.name] = f"{item.name}={value!r} is for quantizer={names}, not for {described}"
     return idle

@@ -63,7 +63,7 @@ def common_offset(codebook: Tensor, sample: int = 1024) -> Tensor:
 _precision_lock = threading.Lock()
 _precision_users = 0
 _precision_before: tuple[str | None, ...] = ()
-_backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+_backends = (torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None))
 _precision_of_backends = [backend for backend in _backends if hasattr(backend, "fp32_precision")]  # PyTorch >= 2.9
 
 

@@ -97,7 +97,10 @@ def test_surplus_keys_of_a_file_are_kept_with_one_warning(tmp_path, tiny_config)
             {"rotation_trick": True, "quantizer": "fsq"},
             "rotation_trick=True is for quantizer='vq', 'vq_ema' or 'simvq'",
         ),
-        ({"ema_decay": 0.5, "quantizer": "grouped", "num_codebooks": 2}, "ema_decay=0.5 .* not for 'grouped' of 'vq'"),
+        (
+            {"ema_decay": 0.5, "quantizer": "grouped", "num_codebooks": 2},
+            "not for 'grouped' with base_quantizer='vq'",
+        ),
         ({"base_quantizer": "simvq"}, "base_quantizer='simvq' is for quantizer='residual' or 'grouped', not for 'vq'"),
     ],
 )
