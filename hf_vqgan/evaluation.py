@@ -54,16 +54,22 @@ LIBRARIES = ("hf_vqgan", "torch", "torchvision", "torchmetrics", "lpips", "torch
 class EvaluationConfig:
     """How models are evaluated. Every field is a flag of `evaluate_vqgan.py`."""
 
-    output_dir: str = option("runs/evaluation", "Folder for evaluation.json, evaluation.md and comparison.png.")
+    output_dir: str = option(
+        "runs/evaluation", "Folder for evaluation.json, evaluation.md and comparison.png.", nonempty=True
+    )
     dataset_config_name: str | None = option(None, "Configuration of the dataset.")
     dataset_revision: str | None = option(None, "Branch, tag or commit of a Hub dataset.")
     split: str | None = option(None, "Split to evaluate on. Default: `validation`, else `test`, else the only one.")
     image_column: str | None = option(None, "Column with the images. Default: the only image column.")
     cache_dir: str | None = option(None, "Where `datasets` keeps what it downloads.")
-    max_samples: int | None = option(None, "Only the first so many images. Default: all.")
-    resolution: int | None = option(None, "Side of the central square. Default: the first model's sample_size.")
-    resize: int | None = option(None, "Shorter side before cropping. Default: resolution. 0: keep the image's size.")
-    batch_size: int = option(16, "Images per forward pass.")
+    max_samples: int | None = option(None, "Only the first so many images. Default: all.", at_least=1)
+    resolution: int | None = option(
+        None, "Side of the central square. Default: the first model's sample_size.", at_least=1
+    )
+    resize: int | None = option(
+        None, "Shorter side before cropping. Default: resolution. 0: keep the image's size.", at_least=0
+    )
+    batch_size: int = option(16, "Images per forward pass.", at_least=1)
     mixed_precision: str = option("no", "Autocast of the models, not of the measures.", choices=("no", "bf16", "fp16"))
     lpips: list[str] = option(["alex", "vgg"], "Networks of LPIPS.", choices=tuple(NETWORKS))
     alex_weights_path: str | None = option(None, "AlexNet for LPIPS. Default: found as docs/evaluation.md says.")
@@ -71,15 +77,13 @@ class EvaluationConfig:
     inception: bool = option(True, "rFID and rIS, where Inception's weights can be had.")
     inception_weights_path: str | None = option(None, "torch-fidelity's Inception weights. Default: cache or download.")
     anchors: list[str] = option(list(CODECS), "Codecs at the bits of each model.", choices=("none", *CODECS))
-    pictures: int = option(6, "Rows of comparison.png.")
-    dataloader_num_workers: int = option(0, "Processes that load images, per process.")
-    cpu_threads: int | None = option(None, "Threads per process on CPU. Default: the cores shared evenly.")
+    pictures: int = option(6, "Rows of comparison.png.", at_least=0)
+    dataloader_num_workers: int = option(0, "Processes that load images, per process.", at_least=0)
+    cpu_threads: int | None = option(None, "Threads per process on CPU. Default: the cores shared evenly.", at_least=1)
     update_model_card: bool = option(False, "Write each model's figures into its folder: README.md, evaluation.json.")
 
     def __post_init__(self):
-        check_values(self, positive=("batch_size",), not_negative=("pictures", "dataloader_num_workers"))
-        if self.max_samples is not None and self.max_samples < 1:
-            raise ValueError(f"max_samples={self.max_samples} must be at least 1.")
+        check_values(self)
 
 
 @dataclass
