@@ -20,6 +20,8 @@ import yaml
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from .sources import check_source
+
 # In a folder, the first of these that is there is taken; failing all, the only file with a known ending.
 WEIGHT_NAMES = (
     "diffusion_pytorch_model.safetensors",
@@ -74,6 +76,7 @@ def locate(path_or_repo: str | Path) -> tuple[Path, Path | None]:
     parts = str(path_or_repo).split("/")
     if path.is_absolute() or len(parts) < 2 or parts[0] in (".", ".."):
         raise FileNotFoundError(f"{path_or_repo}: no such file or folder, nor the owner/name of a Hub repository.")
+    check_source(path_or_repo, repo="/".join(parts[:2]))
     return _download("/".join(parts[:2]), "/".join(parts[2:]))
 
 

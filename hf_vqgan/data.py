@@ -1,6 +1,7 @@
 """From a dataset on the Hub or on disk to batches of pixel_values in [-1, 1]."""
 
 import bisect
+import glob
 import importlib.util
 import io
 import itertools
@@ -22,10 +23,14 @@ from torch.utils.data import DataLoader, Sampler
 from torchvision.transforms import v2
 
 from .image_processing_vqgan import crop_to_multiple, to_rgb
+from .sources import check_source
 
 logger = logging.getLogger(__name__)
 
 PACKAGE_PREFIX = "package:"
+
+# Signals that ask a run to save and stop: a cluster's, and Ctrl-C. Not all systems have all of them.
+NOTICES = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, name))
 
 # Patterns of files that `datasets` reads with a builder of this name.
 FILE_BUILDERS = {".tar": "webdataset", ".parquet": "parquet"}
@@ -138,7 +143,10 @@ def load_splits(
     if builder is not None and not Path(dataset_name).is_dir():
         if data_files:
             raise ValueError(f"dataset {dataset_name!r} names files: it takes no train_files or validation_files.")
+        if "://" not in dataset_name and not glob.glob(dataset_name):
+            raise FileNotFoundError(f"dataset {dataset_name!r}: there are no such files.")
         return load(builder, data_files={"train": dataset_name}, cache_dir=cache_dir)
+    check_source(dataset_name, "dataset", revision)
     try:
         return load(dataset_name, dataset_config_name, data_files=data_files, cache_dir=cache_dir, revision=revision)
     except ValueError as error:
@@ -511,8 +519,8 @@ def load_batches(
 
 
 def _outlive_notices(worker: int) -> None:
-    """A cluster's notice goes to all processes of a job: training still needs its workers until it has saved."""
-    for notice in (signal.SIGTERM, signal.SIGUSR1):
+    """A notice goes to all processes of a job or a terminal: training needs its workers until it has saved."""
+    for notice in NOTICES:
         signal.signal(notice, signal.SIG_IGN)
 
 

@@ -20,6 +20,7 @@ from .configuration_training import check_values, option
 from .data import ImageTransform, UnreadableImage, decode_image, find_image_column, load_splits, to_pixel_values
 from .modeling_vqgan import VQGANModel
 from .run_folder import write_text
+from .sources import check_source
 from .training import share_cpu_threads
 
 logger = logging.getLogger(__name__)
@@ -77,6 +78,7 @@ def encode_dataset(model_name: str, dataset_name: str, out: str | Path, config: 
     accelerator = Accelerator(mixed_precision=config.mixed_precision)
     share_cpu_threads(config, accelerator)
     out = Path(out)
+    check_source(model_name)
     model = VQGANModel.from_pretrained(model_name).eval().to(accelerator.device)
     side = model.config.sample_size if config.resolution is None else config.resolution
     if side % model.config.downsample_factor:

@@ -38,6 +38,7 @@ from .latent_samples import LatentSamples, encode_samples, raw_latents
 from .modeling_vqgan import VQGANModel
 from .pipelines import VQGANLatentDiffusionPipeline, count_classes, normalize_latents, predict
 from .run_folder import RunFolder
+from .sources import check_source
 from .training import share_cpu_threads
 
 
@@ -385,6 +386,7 @@ def train_latent_diffusion(config: LatentDiffusionConfig, dry_run: bool = False)
     )
     share_cpu_threads(config, accelerator)
     set_seed(config.seed)
+    check_source(config.vqgan)
     vqgan = VQGANModel.from_pretrained(config.vqgan).eval().requires_grad_(False).to(accelerator.device)
     samples = load_samples(config, vqgan, accelerator)
     state = build_state(config, accelerator, vqgan, samples)
