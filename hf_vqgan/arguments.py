@@ -1,20 +1,53 @@
 """Command lines: dataclass defaults, overridden by a YAML recipe, overridden by flags."""
 
+import contextlib
 import datetime
 import difflib
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import field as dataclass_field
 from dataclasses import fields, make_dataclass
 from pathlib import Path
 from typing import Any
 
+import datasets
 import yaml
 from transformers import HfArgumentParser
 
 from .configuration_training import VQGANTrainingConfig
 from .configuration_vqgan import VQGANConfig, model_fields
+from .sources import HTTPError
+from .training import INTERRUPTED_EXIT_CODE, CodebookCollapse, Preempted
+
+# What users can mend, and get told in one line. Whatever else is raised is a bug, whose traceback is wanted.
+USER_ERRORS = (
+    ValueError,
+    OSError,
+    FloatingPointError,
+    CodebookCollapse,
+    datasets.exceptions.DatasetsError,
+    HTTPError,
+)
+
+
+@contextlib.contextmanager
+def errors_in_one_line() -> Iterator[None]:
+    """
+    End the program with one line: with exit code 1 for an error that users can mend, with 75 for a run that has made
+    room and with 130 for one that Ctrl-C has ended.
+    """
+    program = Path(sys.argv[0]).name
+    try:
+        yield
+    except USER_ERRORS as error:
+        sys.exit(f"{program}: error: {' '.join(str(error).split())}")
+    except Preempted as stop:
+        print(f"{program}: {stop} The same command goes on from there.", file=sys.stderr)
+        sys.exit(stop.exit_code)
+    except KeyboardInterrupt:
+        print(f"{program}: stopped by Ctrl-C.", file=sys.stderr)
+        sys.exit(INTERRUPTED_EXIT_CODE)
 
 
 def _model_descriptions() -> dict[str, str]:

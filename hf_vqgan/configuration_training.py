@@ -333,7 +333,7 @@ class VQGANTrainingConfig:
         "Training crops whose latents give scaling_factor and shift_factor at the end. 0: not measured.",
         at_least=0,
     )
-    validation_pictures: int = option(4, "Validation images in reconstructions.png.", at_least=0)
+    validation_pictures: int = option(4, "Validation images in reconstructions.png.", at_least=1)
     checkpointing_steps: int = option(500, "Steps between checkpoints; there is always one at the end.", at_least=1)
     checkpoints_total_limit: int | None = option(2, "Keep only the latest so many checkpoints.", at_least=1)
     push_to_hub: bool = option(False, "Push the run to the Hub at every checkpoint.")
@@ -361,6 +361,12 @@ class VQGANTrainingConfig:
             )
         if self.decoder_only and self.init_from is None:
             raise ValueError("decoder_only=True needs init_from: a trained model whose encoder and codebook stay.")
+        if self.max_train_steps is not None and self.quantize_start >= self.max_train_steps:
+            raise ValueError(
+                f"quantize_start={self.quantize_start} is never reached within max_train_steps={self.max_train_steps}: "
+                "this would train an autoencoder without codes. Lower --quantize_start (here, say, to "
+                f"{self.max_train_steps // 8}), or raise --max_train_steps (or --num_train_epochs)."
+            )
         if not (self.l1_weight or self.l2_weight or self.perceptual_weight):
             raise ValueError("l1_weight, l2_weight and perceptual_weight are all 0: nothing says what to reconstruct.")
         self._check_data()
@@ -380,3 +386,32 @@ class VQGANTrainingConfig:
             )
         if self.shard_groups > 1 and not self.streaming:
             raise ValueError(f"shard_groups={self.shard_groups} needs streaming=True.")
+
+    def never_reached(self) -> list[str]:
+        """Settings that a run of `max_train_steps` is too short for, or that others undo, and what comes of each."""
+        steps, found = self.max_train_steps, []
+
+        def reached(start: int, length: int) -> str:
+            return f"{max(0, steps - start) / length:.0%}"
+
+        disc_start, ramp = self.disc_start, self.disc_ramp_steps
+        if self.adversarial_weight and disc_start >= steps:
+            found.append(f"disc_start={disc_start}: no discriminator, no adversarial loss")
+        elif self.adversarial_weight and disc_start + ramp > steps:
+            found.append(
+                f"disc_ramp_steps={ramp}: the adversarial weight ends at {reached(disc_start, ramp)} of itself"
+            )
+        if self.lr_warmup_steps and self.lr_scheduler == "constant":
+            found.append(f"lr_warmup_steps={self.lr_warmup_steps}: for --lr_scheduler constant_with_warmup and others")
+        elif self.lr_warmup_steps > steps:
+            found.append(
+                f"lr_warmup_steps={self.lr_warmup_steps}: learning_rate ends at {reached(0, self.lr_warmup_steps)}"
+            )
+        quantizing = steps - self.quantize_start
+        if self.dead_code_restart_steps > quantizing:
+            found.append(f"dead_code_restart_steps={self.dead_code_restart_steps}: no code is unused for so long")
+        if self.entropy_anneal_factor != 1 and self.entropy_anneal_steps > quantizing:
+            found.append(f"entropy_anneal_steps={self.entropy_anneal_steps}: the factor does not come down to 1")
+        if self.stop_on_collapse and self.codebook_window > quantizing:
+            found.append(f"stop_on_collapse: codebook_window={self.codebook_window} never fills")
+        return found

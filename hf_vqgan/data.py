@@ -146,7 +146,7 @@ def load_splits(
         if "://" not in dataset_name and not glob.glob(dataset_name):
             raise FileNotFoundError(f"dataset {dataset_name!r}: there are no such files.")
         return load(builder, data_files={"train": dataset_name}, cache_dir=cache_dir)
-    check_source(dataset_name, "dataset", revision)
+    check_source(dataset_name, "dataset", cache_dir=cache_dir)
     try:
         return load(dataset_name, dataset_config_name, data_files=data_files, cache_dir=cache_dir, revision=revision)
     except ValueError as error:

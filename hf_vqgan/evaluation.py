@@ -135,7 +135,8 @@ class EvaluationReport:
 
 class EvaluationImages(torch.utils.data.Dataset):
     """
-    The central squares of a split's images, with where they come from.
+    The central squares of a split's images, with where they come from. `split_note` warns of a split that was not
+    asked for and may be what models were trained on.
 
     Items are dicts: `item` (its number), `pixels` (uint8 `(3, resolution, resolution)`), `enlarged`; or `item` and
     `error`, if the image cannot be read.
@@ -152,6 +153,12 @@ class EvaluationImages(torch.utils.data.Dataset):
         self.split = next((name for name in names if name in splits), None)
         if self.split is None:
             raise ValueError(f"dataset {dataset_name!r} has no split {names[0]!r}; it has {', '.join(splits)}.")
+        self.split_note = None
+        if config.split is None and self.split not in ("validation", "test"):
+            self.split_note = (
+                f"dataset {dataset_name!r} has no split for validation or test: these are images of {self.split!r}, "
+                "its only split. Figures of models that were trained on them flatter; compare models that were not."
+            )
         images = splits[self.split]
         if len(images) == 0:
             raise ValueError(f"dataset {dataset_name!r}: split {self.split!r} is empty.")
@@ -420,6 +427,8 @@ def evaluate(model_names: list[str], dataset_name: str, config: EvaluationConfig
         check_request(models, resolution, config)
         images = EvaluationImages(dataset_name, resolution, config)
         measures = Measures(config, resolution, device)
+    if images.split_note and accelerator.is_main_process:
+        logger.warning("%s", images.split_note)
     columns: list[ModelColumn | CodecColumn] = [ModelColumn(model, accelerator.autocast) for model in models]
     budgets = dict.fromkeys(model.bits_per_pixel for model in models if model.is_discrete)
     codecs = [codec for codec in dict.fromkeys(config.anchors) if codec != "none"]
@@ -606,6 +615,7 @@ def describe_protocol(
         "dataset_config": config.dataset_config_name,
         "dataset_commit": images.commit,
         "split": images.split,
+        "split_note": images.split_note,
         "num_images": int(readable.sum()),
         "unreadable_images": int((~readable).sum()),
         "enlarged_images": int(originals.table[:, 1].sum()),
@@ -697,6 +707,8 @@ def to_markdown(result: dict) -> str:
         figures = report.figures()
         cells = (f"{figures[name]:.{digits}f}" if name in figures else "–" for name, (_, _, digits) in shown.items())
         lines.append(f"| {title} | {' | '.join(cells)} |")
+    if note := result["protocol"].get("split_note"):
+        lines += ["", f"Note: {note}"]
     timed = [report for report in reports if report.speed]
     speeds = [
         f"- {title}: " + ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in report.speed.items())

@@ -18,7 +18,7 @@ HTTPError: type[Exception] = HfHubHTTPError.__bases__[0]  # of the HTTP library 
 TIMEOUT = 10.0  # seconds
 
 
-def check_source(name: str | Path, kind: str = "model", repo: str | None = None, revision: str | None = None) -> None:
+def check_source(name: str | Path, kind: str = "model", repo: str | None = None, cache_dir: str | None = None) -> None:
     """
     Fail at once, with one error, where loading `name` would fail after minutes of retries.
 
@@ -26,6 +26,7 @@ def check_source(name: str | Path, kind: str = "model", repo: str | None = None,
         name (`str` or `Path`): A local path, or what is on the Hub.
         kind (`str`): `"model"` or `"dataset"`.
         repo (`str`, *optional*): Its repository there, if the name says more than that.
+        cache_dir (`str`, *optional*): Where `datasets` keeps what it has prepared, if not where it usually does.
 
     Raises:
         FileNotFoundError: if it is neither here nor on the Hub.
@@ -40,24 +41,24 @@ def check_source(name: str | Path, kind: str = "model", repo: str | None = None,
     except HFValidationError:
         raise FileNotFoundError(f"{missing}, and names on the Hub have the form owner/name.") from None
     try:
-        HfApi().repo_info(repo, repo_type=kind, revision=revision, timeout=TIMEOUT)
+        HfApi().repo_info(repo, repo_type=kind, timeout=TIMEOUT)
     except RepositoryNotFoundError:
         raise FileNotFoundError(
             f"{missing}, and the Hub has no {kind} repository {repo}, or not for you: `hf auth login`."
         ) from None
     except (HTTPError, OfflineModeIsEnabled) as error:
-        if not _is_cached(repo, kind):
+        if not _is_cached(repo, kind, cache_dir):
             raise ConnectionError(
                 f"{missing}, and the Hub cannot be reached to look for a {kind} repository {repo}: {error}"
             ) from error
 
 
-def _is_cached(repo: str, kind: str) -> bool:
+def _is_cached(repo: str, kind: str, cache_dir: str | None) -> bool:
     """Whether something of a repository has been downloaded before."""
     if kind == "dataset":
         *owner, own_name = repo.split("/")
         folder = "___".join([*owner, camelcase_to_snakecase(own_name)])
-        return any(Path(datasets.config.HF_DATASETS_CACHE).glob(f"{folder}/*/*/*"))
+        return any(Path(cache_dir or datasets.config.HF_DATASETS_CACHE).glob(f"{folder}/*/*/*"))
     try:
         snapshot_download(repo, local_files_only=True)
     except LocalEntryNotFoundError:
