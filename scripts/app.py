@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 
 from hf_vqgan.arguments import errors_in_one_line
+from hf_vqgan.sources import check_source
 
 try:
     from hf_vqgan.playground_page import launch, make_page, write_space
@@ -38,6 +39,8 @@ def main() -> None:
         if arguments.space:
             write_space(arguments.space, arguments.models, arguments.pipeline)
         else:
+            for name in (*arguments.models, *arguments.pipeline):
+                check_source(name)
             page = make_page(arguments.models, arguments.pipeline, any_name=local)
             launch(page, server_name=arguments.server_name, server_port=arguments.server_port)
 
