@@ -583,6 +583,8 @@ def compile_blocks(
     Compile block by block: the step takes gradients at the decoder's last layer, which a graph of the whole decoder
     would hide; and equal blocks are compiled once.
     """
+    if config.torch_compile_backend not in (known := torch._dynamo.list_backends(exclude_tags=())):
+        raise ValueError(f"torch_compile_backend={config.torch_compile_backend!r} must be one of {', '.join(known)}.")
     blocks = [module for module in model.modules() if type(module).__name__ in model._no_split_modules]
     if discriminator is not None:
         blocks.append(discriminator)

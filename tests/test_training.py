@@ -571,6 +571,7 @@ def test_training_and_evaluation_measure_the_same(image_folder, random_trunk, tm
         ({"resolution": 16}, ValueError, "resolution=16 is too small for LPIPS with validation_net='alex'.*31 pixels"),
         ({"resume_from_checkpoint": "latest"}, FileNotFoundError, "no whole checkpoint-N in"),
         ({"image_column": "label"}, ValueError, "'label' is not an image column"),
+        ({"torch_compile": True, "torch_compile_backend": "typo"}, ValueError, "torch_compile_backend='typo' must be"),
     ],
 )
 def test_bad_settings_write_nothing(image_folder, random_trunk, tmp_path, tiny, fields, error, message):
