@@ -63,7 +63,7 @@ def draw_plausible(rng: random.Random, hint):
 def assert_sound(config) -> None:
     """Every field is of its type, and every number is one."""
     for name, hint in typing.get_type_hints(type(config)).items():
-        value, kinds = getattr(config, name), [part for part in typing.get_args(hint) or (hint,)]
+        value, kinds = getattr(config, name), list(typing.get_args(hint) or (hint,))
         if typing.get_origin(hint) is list:
             assert isinstance(value, list) and all(type(entry) is kinds[0] for entry in value)
         else:
