@@ -29,9 +29,6 @@ logger = logging.getLogger(__name__)
 
 PACKAGE_PREFIX = "package:"
 
-# Signals that ask a run to save and stop: a cluster's, and Ctrl-C. Not all systems have all of them.
-NOTICES = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, name))
-
 # Patterns of files that `datasets` reads with a builder of this name.
 FILE_BUILDERS = {".tar": "webdataset", ".parquet": "parquet"}
 
@@ -518,9 +515,14 @@ def load_batches(
     return iter(loader)
 
 
+def notices() -> list[signal.Signals]:
+    """The signals that ask a run to save and stop: a cluster's, and Ctrl-C. Windows has no SIGUSR1."""
+    return [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, name)]
+
+
 def _outlive_notices(worker: int) -> None:
     """A notice goes to all processes of a job or a terminal: training needs its workers until it has saved."""
-    for notice in NOTICES:
+    for notice in notices():
         signal.signal(notice, signal.SIG_IGN)
 
 

@@ -27,7 +27,6 @@ from tqdm.auto import tqdm
 from .configuration_training import VQGANTrainingConfig
 from .configuration_vqgan import VQGANConfig
 from .data import (
-    NOTICES,
     ImageTransform,
     MixedImages,
     TrainingImages,
@@ -38,6 +37,7 @@ from .data import (
     load_image_datasets,
     load_train_images,
     map_style_images,
+    notices,
 )
 from .discriminators import DINODiscriminator, PatchDiscriminator, StyleGANDiscriminator
 from .gradient_flow import measure_gradients
@@ -99,7 +99,7 @@ class PreemptionNotice(contextlib.AbstractContextManager):
 
     def __enter__(self) -> "PreemptionNotice":
         if threading.current_thread() is threading.main_thread():  # Python lets only that one handle signals
-            self.previous = {number: signal.signal(number, self._note) for number in NOTICES}
+            self.previous = {number: signal.signal(number, self._note) for number in notices()}
         return self
 
     def __exit__(self, *exception) -> None:

@@ -20,8 +20,9 @@ from safetensors.torch import load_file
 
 import hf_vqgan
 from hf_vqgan import QUANTIZERS, VQGANConfig, VQGANModel
+from hf_vqgan.arguments import ModelArguments, RecipeParser, given
 from hf_vqgan.configuration_vqgan import model_fields
-from hf_vqgan.data import ImageTransform, TrainingImages, load_image_datasets
+from hf_vqgan.data import ImageTransform, TrainingImages, load_image_datasets, notices
 from hf_vqgan.evaluation import EvaluationConfig, evaluate
 from hf_vqgan.metrics import CodebookHealth, DiscriminatorHealth
 from hf_vqgan.training import (
@@ -207,13 +208,9 @@ def test_second_ctrl_c_stops_at_once(image_folder, random_trunk, tmp_path, tiny,
 
 
 def test_systems_without_some_signals(monkeypatch):
-    """Windows has neither SIGUSR1 nor a way to send SIGTERM."""
-    monkeypatch.delattr(signal, "SIGUSR1")
-    source = Path(hf_vqgan.data.__file__).read_text()
-    names = next(line for line in source.splitlines() if line.startswith("NOTICES ="))
-    scope = {"signal": signal}
-    exec(names, scope)
-    assert scope["NOTICES"] == (signal.SIGTERM, signal.SIGINT)
+    assert notices() == [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT]
+    monkeypatch.delattr(signal, "SIGUSR1")  # as on Windows
+    assert notices() == [signal.SIGTERM, signal.SIGINT]
 
 
 def test_damaged_checkpoints_are_passed_over(image_folder, random_trunk, tmp_path, tiny, caplog):
@@ -551,12 +548,31 @@ def test_no_code_is_counted_before_there_are_any(image_folder, random_trunk, tmp
     assert phases == ["autoencoder until step 4"] * 4 + ["train"] * 2
 
 
-def test_training_and_evaluation_measure_the_same(image_folder, random_trunk, tmp_path, tiny):
-    """The run's last figures are those that evaluate_vqgan.py finds for its model on its validation images."""
-    metrics = train(run_config(image_folder, random_trunk, tmp_path / "run", resize=None), tiny)
+def test_training_and_evaluation_measure_the_same(image_folder, random_trunk, tmp_path):
+    """On images of one's own with the quickstart's recipe, whose crops were made for other images."""
     trunk = str(random_trunk / "alex.safetensors")
-    config = EvaluationConfig(output_dir=str(tmp_path / "out"), resolution=32, lpips=["alex"], alex_weights_path=trunk,
-                              inception=False, anchors=["none"])  # fmt: skip
+    flags = dict(
+        dataset_name=image_folder,
+        output_dir=tmp_path / "run",
+        perceptual_weights_path=trunk,
+        quantize_start=1,
+        max_train_steps=3,
+        train_batch_size=4,
+        cpu_threads=1,
+        dataloader_num_workers=0,
+    )
+    recipe = Path(__file__).parent.parent / "scripts" / "recipes" / "quickstart.yaml"
+    parser = RecipeParser((VQGANTrainingConfig, ModelArguments), default_recipe=recipe)
+    config, model, *_ = parser.parse([f"--{name}={value}" for name, value in flags.items()])
+    metrics = train(config, VQGANConfig(sample_size=config.resolution, **given(model)))
+    config = EvaluationConfig(
+        output_dir=str(tmp_path / "out"),
+        lpips=["alex"],
+        alex_weights_path=trunk,
+        inception=False,
+        anchors=["none"],
+        cpu_threads=1,
+    )
     found = evaluate([str(tmp_path / "run")], str(image_folder), config)
     assert found["protocol"]["split"] == "validation" and found["num_images"] == metrics["num_images"] == 2
     for name in ("psnr", "ssim", "lpips", "l1"):
