@@ -13,6 +13,7 @@ from typing import Any
 
 import datasets
 import yaml
+from huggingface_hub.errors import StrictDataclassError
 from transformers import HfArgumentParser
 
 from .configuration_training import VQGANTrainingConfig
@@ -28,6 +29,7 @@ USER_ERRORS = (
     CodebookCollapse,
     datasets.exceptions.DatasetsError,
     HTTPError,
+    StrictDataclassError,  # a value of the wrong type in a model's config.json
 )
 
 

@@ -748,7 +748,7 @@ def rehearse(state: TrainState, dataset, validation: ValidationImages, metric: L
             output = training_step(state, [next(loader)["pixel_values"] for _ in range(micro_batches)])
             update_codebook(state, output)
             seconds.append(time.perf_counter() - started)
-            if output.nonfinite:
+            if output.nonfinite and accelerator.scaler is None:  # fp16 finds its scale by skipping steps
                 raise FloatingPointError(f"not finite in a first step: {', '.join(output.nonfinite)}.")
     image = validation[0][None].contiguous(memory_format=memory_format(config))
     evaluate_reconstruction(state.vqgan, [image], metric)

@@ -456,6 +456,27 @@ def test_dry_run_trains_everything_and_leaves_nothing(image_folder, random_trunk
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_dry_run_in_fp16_passes_over_the_steps_that_find_the_scale(
+    image_folder, random_trunk, tmp_path, tiny, monkeypatch
+):
+    """Which is what makes them not finite; in float32, the same is an error."""
+
+    def overflow(state, micro_batches):
+        output = hf_vqgan.training_step.training_step(state, micro_batches)
+        return dataclasses.replace(output, nonfinite=("grad_norm",))
+
+    monkeypatch.setattr("hf_vqgan.training.training_step", overflow)
+    config = run_config(image_folder, random_trunk, tmp_path / "run")
+    with pytest.raises(FloatingPointError, match="not finite in a first step: grad_norm"):
+        train(config, tiny, dry_run=True)
+    accelerator = build_accelerator(config)
+    perceptual, metric = hf_vqgan.training.load_lpips(config, accelerator)
+    state = build_state(config, tiny, accelerator, perceptual)
+    accelerator.scaler = torch.amp.GradScaler("cpu")
+    dataset, validation = hf_vqgan.training.load_images(config, tiny, accelerator)
+    assert hf_vqgan.training.rehearse(state, dataset, validation, metric).startswith("OK: ")
+
+
 def test_dry_run_tries_whether_the_folder_can_be_written_to(image_folder, random_trunk, tmp_path, tiny):
     (tmp_path / "file").write_text("")
     config = run_config(image_folder, random_trunk, tmp_path / "file" / "run")
