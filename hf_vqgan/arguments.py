@@ -1,23 +1,55 @@
 """Command lines: dataclass defaults, overridden by a YAML recipe, overridden by flags."""
 
+import contextlib
+import datetime
 import difflib
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import field as dataclass_field
 from dataclasses import fields, make_dataclass
 from pathlib import Path
 from typing import Any
 
+import datasets
 import yaml
+from huggingface_hub.errors import StrictDataclassError
 from transformers import HfArgumentParser
 
 from .configuration_training import VQGANTrainingConfig
 from .configuration_vqgan import VQGANConfig, model_fields
+from .sources import HTTPError
+from .training import INTERRUPTED_EXIT_CODE, CodebookCollapse, Preempted
 
-# What names a dataset or says where things are in it. Overriding a recipe's dataset discards the recipe's description.
-DATASET_FIELDS = ("dataset_name", "dataset_config_name", "dataset_revision", "extra_datasets", "dataset_weights",
-                  "train_split", "validation_split", "train_files", "validation_files", "image_column")  # fmt: skip
+# What users can mend, and get told in one line. Whatever else is raised is a bug, whose traceback is wanted.
+USER_ERRORS = (
+    ValueError,
+    OSError,
+    FloatingPointError,
+    CodebookCollapse,
+    datasets.exceptions.DatasetsError,
+    HTTPError,
+    StrictDataclassError,  # a value of the wrong type in a model's config.json
+)
+
+
+@contextlib.contextmanager
+def errors_in_one_line() -> Iterator[None]:
+    """
+    End the program with one line: with exit code 1 for an error that users can mend, with 75 for a run that has made
+    room and with 130 for one that Ctrl-C has ended.
+    """
+    program = Path(sys.argv[0]).name
+    try:
+        yield
+    except USER_ERRORS as error:
+        sys.exit(f"{program}: error: {' '.join(str(error).split())}")
+    except Preempted as stop:
+        print(f"{program}: {stop} The same command goes on from there.", file=sys.stderr)
+        sys.exit(stop.exit_code)
+    except KeyboardInterrupt:
+        print(f"{program}: stopped by Ctrl-C.", file=sys.stderr)
+        sys.exit(INTERRUPTED_EXIT_CODE)
 
 
 def _model_descriptions() -> dict[str, str]:
@@ -49,10 +81,12 @@ class RecipeParser(HfArgumentParser):
     """
     Parses dataclasses from `--config RECIPE.yaml` and flags: dataclass default < recipe < flag.
 
-    An unknown flag or recipe key ends the program with its nearest known name.
+    What a recipe says of its dataset (`describes_dataset` in `option`) goes when `dataset_name` names another one. An
+    unknown flag or recipe key ends the program with its nearest known name.
     """
 
     def __init__(self, dataclass_types: Sequence[type], default_recipe: Path | None = None, **kwargs):
+        self.fields = {item.name: item.metadata for kind in dataclass_types for item in fields(kind)}
         super().__init__(dataclass_types, allow_abbrev=False, **kwargs)
         self.default_recipe = default_recipe
         self.add_argument(
@@ -63,7 +97,8 @@ class RecipeParser(HfArgumentParser):
 
     def add_argument(self, *names, **kwargs):
         # HfArgumentParser passes on all of a field's metadata, of which argparse knows what it calls the same.
-        kwargs.pop("role", None)
+        for key in ("nonempty", "describes_dataset", "bounds", "role"):
+            kwargs.pop(key, None)
         return super().add_argument(*names, **kwargs)
 
     def parse(self, argv: Sequence[str] | None = None) -> tuple:
@@ -71,10 +106,13 @@ class RecipeParser(HfArgumentParser):
         argv = list(sys.argv[1:] if argv is None else argv)
         config = self._config_path(argv)
         recipe = {} if config in (None, "none") else self._read_recipe(Path(config))
-        if any(flag.partition("=")[0] == "--dataset_name" for flag in argv):
-            recipe = {key: value for key, value in recipe.items() if key not in DATASET_FIELDS}
+        named, dataset = _last_value(argv, "dataset_name"), recipe.get("dataset_name")
+        if dataset is not None and named not in (None, dataset):
+            recipe = {key: value for key, value in recipe.items() if not self.fields[key].get("describes_dataset")}
+        self.set_defaults(**{key: value for key, value in recipe.items() if value == []})  # no flag can say that
+        # --config again, so that a list at the recipe's end does not take positional arguments for its own
         *parsed, unknown = self.parse_args_into_dataclasses(
-            [*_as_flags(recipe), *argv], look_for_args_file=False, return_remaining_strings=True
+            [*_as_flags(recipe), f"--config={config}", *argv], look_for_args_file=False, return_remaining_strings=True
         )
         if unknown:
             self.error(self._suggest(f"unknown argument {unknown[0]!r}", unknown[0]))
@@ -84,12 +122,9 @@ class RecipeParser(HfArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n")  # without the usage text, three screens long here
 
     def _config_path(self, argv: list[str]) -> str | None:
-        for number, flag in enumerate(argv):
-            if flag == "--config" and number + 1 < len(argv):
-                return argv[number + 1]
-            if flag.startswith("--config="):
-                return flag.removeprefix("--config=")
-        if any(flag.partition("=")[0] == "--init_from" for flag in argv):
+        if (config := _last_value(argv, "config")) is not None:
+            return config
+        if _last_value(argv, "init_from") is not None:
             return None  # the default recipe describes a model, and how to start it
         return self.get_default("config")
 
@@ -98,14 +133,23 @@ class RecipeParser(HfArgumentParser):
             self.error(f"--config {file}: no such file.")
         try:
             recipe = yaml.safe_load(file.read_text()) or {}
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
             self.error(f"--config {file} is not YAML: {error}")
         if not isinstance(recipe, dict):
             self.error(f"--config {file}: expected `key: value` lines, found a {type(recipe).__name__}.")
-        for key in recipe:
-            if f"--{key}" not in self._option_string_actions:
+        for key, value in recipe.items():
+            if key not in self.fields:
                 self.error(self._suggest(f"--config {file}: unknown key {key!r}", f"--{key}"))
+            self._check_shape(f"--config {file}: {key}", value, self._option_string_actions[f"--{key}"].nargs == "+")
         return recipe
+
+    def _check_shape(self, place: str, value, is_list: bool) -> None:
+        """Refuse a list where one value belongs, the reverse, and what is nested: as text, some of it would pass."""
+        entries = value if isinstance(value, list) else [value]
+        single = all(isinstance(entry, (bool, int, float, str, datetime.date)) for entry in entries)
+        if value is not None and (not single or isinstance(value, list) != is_list):
+            expected = "a list of single values, as in [1, 2]" if is_list else "one value"
+            self.error(f"{place}: expected {expected}, found {value!r}.")
 
     def _suggest(self, message: str, flag: str) -> str:
         close = difflib.get_close_matches(flag.partition("=")[0], self._option_string_actions, 1)
@@ -148,13 +192,28 @@ def _help(config_field) -> str:
     return text + (f" One of {', '.join(f'`{choice}`' for choice in choices)}." if choices else "")
 
 
+def _last_value(argv: list[str], name: str) -> str | None:
+    """The value of a flag as argparse takes it, the last of several; `None` if it is not there."""
+    names, found = (f"--{name}", f"--{name.replace('_', '-')}"), None
+    for position, text in enumerate(argv):
+        flag, equals, value = text.partition("=")
+        if flag in names:
+            found = value if equals else "".join(argv[position + 1 : position + 2])
+    return found
+
+
 def _as_flags(recipe: dict) -> list[str]:
     """A recipe as the command line that says the same, so that one parser checks both. Null keeps the default."""
+
+    def text(value) -> str:
+        return str(value).lower() if isinstance(value, bool) else str(value)
+
     flags = []
     for key, value in recipe.items():
-        if value is not None:
-            values = value if isinstance(value, list) else [value]
-            flags += [f"--{key}", *(str(item).lower() if isinstance(item, bool) else str(item) for item in values)]
+        if isinstance(value, list):
+            flags += [f"--{key}", *map(text, value)] if value else []
+        elif value is not None:
+            flags.append(f"--{key}={text(value)}")
     return flags
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .checkpoint_files import read_config
 from .configuration_vqgan import VQGANConfig
 from .modeling_vqgan import VQGANModel
+from .sources import check_source
 
 
 class Autoencoder(nn.Module):
@@ -105,6 +106,7 @@ def load_autoencoder(name: str | Path, dtype: torch.dtype | None = None) -> Auto
         if len(parts) < 2 or parts[0] in ("", ".", ".."):
             raise FileNotFoundError(f"{name}: no such file or folder, nor the owner/name of a Hub repository.")
         repo, folder = "/".join(parts[:2]), "/".join(parts[2:])
+        check_source(name, repo=repo)
     config = _read_model_config(repo, folder, revision)
     places = {"subfolder": folder} if folder else {}
     options = places | ({"revision": revision} if revision else {})

@@ -16,6 +16,7 @@ import yaml
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from .sources import check_source
 from .torch_files import Opaque, StoredTensor, read_torch_file
 
 # In a folder, the first of these that is there is taken; failing all, the only file with a known ending.
@@ -80,6 +81,7 @@ def locate(path_or_repo: str | Path) -> tuple[Path, Path | None]:
     parts = str(path_or_repo).split("/")
     if path.is_absolute() or len(parts) < 2 or parts[0] in (".", ".."):
         raise FileNotFoundError(f"{path_or_repo}: no such file or folder, nor the owner/name of a Hub repository.")
+    check_source(path_or_repo, repo="/".join(parts[:2]))
     return _download("/".join(parts[:2]), "/".join(parts[2:]))
 
 

@@ -1,6 +1,7 @@
 """From a dataset on the Hub or on disk to batches of pixel_values in [-1, 1]."""
 
 import bisect
+import glob
 import importlib.util
 import io
 import itertools
@@ -23,6 +24,7 @@ from torch.utils.data import DataLoader, Sampler, default_collate
 from torchvision.transforms import v2
 
 from .image_processing_vqgan import check_aspect_ratio, crop_to_multiple, to_rgb
+from .sources import check_source
 
 logger = logging.getLogger(__name__)
 
@@ -139,7 +141,10 @@ def load_splits(
     if builder is not None and not Path(dataset_name).is_dir():
         if data_files:
             raise ValueError(f"dataset {dataset_name!r} names files: it takes no train_files or validation_files.")
+        if "://" not in dataset_name and not glob.glob(dataset_name):
+            raise FileNotFoundError(f"dataset {dataset_name!r}: there are no such files.")
         return load(builder, data_files={"train": dataset_name}, cache_dir=cache_dir)
+    check_source(dataset_name, "dataset", cache_dir=cache_dir)
     try:
         return load(dataset_name, dataset_config_name, data_files=data_files, cache_dir=cache_dir, revision=revision)
     except ValueError as error:
@@ -589,11 +594,15 @@ def _raising(batches: Iterator) -> Iterator[dict[str, Any]]:
         yield batch
 
 
+def notices() -> list[signal.Signals]:
+    """The signals that ask a run to save and stop: a cluster's, and Ctrl-C. Windows has no SIGUSR1."""
+    return [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, name)]
+
+
 def _outlive_notices(worker: int) -> None:
-    """A cluster's notice goes to all processes of a job: training still needs its workers until it has saved."""
-    for name in ("SIGTERM", "SIGUSR1"):
-        if hasattr(signal, name):  # Windows has no SIGUSR1
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    """A notice goes to all processes of a job or a terminal: training needs its workers until it has saved."""
+    for notice in notices():
+        signal.signal(notice, signal.SIG_IGN)
 
 
 def available_cores() -> int:

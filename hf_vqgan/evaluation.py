@@ -62,16 +62,22 @@ LIBRARIES = ("hf_vqgan", "torch", "torchvision", "torchmetrics", "lpips", "torch
 class EvaluationConfig:
     """How models are evaluated. Every field is a flag of `evaluate_vqgan.py`."""
 
-    output_dir: str = option("runs/evaluation", "Folder for evaluation.json, evaluation.md and comparison.png.")
+    output_dir: str = option(
+        "runs/evaluation", "Folder for evaluation.json, evaluation.md and comparison.png.", nonempty=True
+    )
     dataset_config_name: str | None = option(None, "Configuration of the dataset.")
     dataset_revision: str | None = option(None, "Branch, tag or commit of a Hub dataset.")
     split: str | None = option(None, "Split to evaluate on. Default: `validation`, else `test`, else the only one.")
     image_column: str | None = option(None, "Column with the images. Default: the only image column.")
     cache_dir: str | None = option(None, "Where `datasets` keeps what it downloads.")
-    max_samples: int | None = option(None, "Only the first so many images. Default: all.")
-    resolution: int | None = option(None, "Side of the central square. Default: the first model's sample_size.")
-    resize: int | None = option(None, "Shorter side before cropping. Default: resolution. 0: keep the image's size.")
-    batch_size: int = option(16, "Images per forward pass.")
+    max_samples: int | None = option(None, "Only the first so many images. Default: all.", at_least=1)
+    resolution: int | None = option(
+        None, "Side of the central square. Default: the first model's sample_size.", at_least=1
+    )
+    resize: int | None = option(
+        None, "Shorter side before cropping. Default: resolution. 0: keep the image's size.", at_least=0
+    )
+    batch_size: int = option(16, "Images per forward pass.", at_least=1)
     mixed_precision: str = option("no", "Autocast of the models, not of the measures.", choices=("no", "bf16", "fp16"))
     lpips: list[str] = option(["alex", "vgg"], "Networks of LPIPS.", choices=tuple(NETWORKS))
     alex_weights_path: str | None = option(None, "AlexNet for LPIPS. Default: found as docs/evaluation.md says.")
@@ -79,15 +85,13 @@ class EvaluationConfig:
     inception: bool = option(True, "rFID and rIS, where Inception's weights can be had.")
     inception_weights_path: str | None = option(None, "torch-fidelity's Inception weights. Default: cache or download.")
     anchors: list[str] = option(list(CODECS), "Codecs at the bits of each model.", choices=("none", *CODECS))
-    pictures: int = option(6, "Rows of comparison.png.")
-    dataloader_num_workers: int = option(0, "Processes that load images, per process.")
-    cpu_threads: int | None = option(None, "Threads per process on CPU. Default: the cores shared evenly.")
+    pictures: int = option(6, "Rows of comparison.png.", at_least=0)
+    dataloader_num_workers: int = option(0, "Processes that load images, per process.", at_least=0)
+    cpu_threads: int | None = option(None, "Threads per process on CPU. Default: the cores shared evenly.", at_least=1)
     update_model_card: bool = option(False, "Write each model's figures into its folder: README.md, evaluation.json.")
 
     def __post_init__(self):
-        check_values(self, positive=("batch_size",), not_negative=("pictures", "dataloader_num_workers"))
-        if self.max_samples is not None and self.max_samples < 1:
-            raise ValueError(f"max_samples={self.max_samples} must be at least 1.")
+        check_values(self)
 
 
 @dataclass
@@ -139,7 +143,8 @@ class EvaluationReport:
 
 class EvaluationImages(torch.utils.data.Dataset):
     """
-    The central squares of a split's images, with where they come from.
+    The central squares of a split's images, with where they come from. `split_note` warns of a split that was not
+    asked for and may be what models were trained on.
 
     Items are dicts: `item` (its number), `pixels` (uint8 `(3, resolution, resolution)`), `enlarged`; or `item` and
     `error`, if the image cannot be read.
@@ -156,6 +161,12 @@ class EvaluationImages(torch.utils.data.Dataset):
         self.split = next((name for name in names if name in splits), None)
         if self.split is None:
             raise ValueError(f"dataset {dataset_name!r} has no split {names[0]!r}; it has {', '.join(splits)}.")
+        self.split_note = None
+        if config.split is None and self.split not in ("validation", "test"):
+            self.split_note = (
+                f"dataset {dataset_name!r} has no split for validation or test: these are images of {self.split!r}, "
+                "its only split. Figures of models that were trained on them flatter; compare models that were not."
+            )
         images = splits[self.split]
         if len(images) == 0:
             raise ValueError(f"dataset {dataset_name!r}: split {self.split!r} is empty.")
@@ -424,6 +435,8 @@ def evaluate(model_names: list[str], dataset_name: str, config: EvaluationConfig
         check_request(models, resolution, config)
         images = EvaluationImages(dataset_name, resolution, config)
         measures = Measures(config, resolution, device)
+    if images.split_note and accelerator.is_main_process:
+        logger.warning("%s", images.split_note)
     columns: list[ModelColumn | CodecColumn] = [ModelColumn(model, accelerator.autocast) for model in models]
     budgets = dict.fromkeys(model.bits_per_pixel for model in models if model.is_discrete)
     codecs = [codec for codec in dict.fromkeys(config.anchors) if codec != "none"]
@@ -610,6 +623,7 @@ def describe_protocol(
         "dataset_config": config.dataset_config_name,
         "dataset_commit": images.commit,
         "split": images.split,
+        "split_note": images.split_note,
         "num_images": int(readable.sum()),
         "unreadable_images": int((~readable).sum()),
         "enlarged_images": int(originals.table[:, 1].sum()),
@@ -701,6 +715,8 @@ def to_markdown(result: dict) -> str:
         figures = report.figures()
         cells = (f"{figures[name]:.{digits}f}" if name in figures else "–" for name, (_, _, digits) in shown.items())
         lines.append(f"| {title} | {' | '.join(cells)} |")
+    if note := result["protocol"].get("split_note"):
+        lines += ["", f"Note: {note}"]
     timed = [report for report in reports if report.speed]
     speeds = [
         f"- {title}: " + ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in report.speed.items())

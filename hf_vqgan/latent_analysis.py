@@ -12,7 +12,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from .autoencoders import Autoencoder, load_autoencoder
-from .configuration_training import check_values, option
+from .configuration_training import MAX_SEED, check_values, option
 from .data import ImageTransform, ValidationImages, find_image_column, load_splits
 from .frechet import FeatureMoments, InceptionFeatures, frechet_distance
 from .latent_diffusion import LatentDiffusionConfig, denoising_loss, train_latent_diffusion
@@ -53,15 +53,23 @@ class LatentAnalysisConfig:
 
     # What is measured
     measures: list[str] = option([], "Groups of measures. Default: all but diffusability, which takes long.")
-    output_dir: str = option("runs/latent_space", "Folder for latent_space.json, report.md and pictures.")
+    output_dir: str = option(
+        "runs/latent_space", "Folder for latent_space.json, report.md and pictures.", nonempty=True
+    )
     compare: list[str] = option([], "Models to compare with: folders of earlier reports, or models to analyse first.")
-    seed: int = option(0, "Seed of all that is drawn at random.")
+    seed: int = option(0, "Seed of all that is drawn at random.", at_least=0, at_most=MAX_SEED)
 
     # On which images
     split: str | None = option(None, "Split. Default: validation, else test, else train.")
-    max_samples: int = option(64, "Images, drawn at random from the split. Kept in memory, with their latents.")
-    resolution: int | None = option(None, "Side in pixels of the central square. Default: the model's sample_size.")
-    resize: int | None = option(None, "Shorter side before cropping. Default: resolution. 0: keep the image's size.")
+    max_samples: int = option(
+        64, "Images, drawn at random from the split. Kept in memory, with their latents.", at_least=8
+    )
+    resolution: int | None = option(
+        None, "Side in pixels of the central square. Default: the model's sample_size.", at_least=1
+    )
+    resize: int | None = option(
+        None, "Shorter side before cropping. Default: resolution. 0: keep the image's size.", at_least=0
+    )
     image_column: str | None = option(None, "Column with the images. Default: the only image column.")
     label_column: str | None = option(None, "Column for the linear probe. Default: the only column of class labels.")
     dataset_config_name: str | None = option(None, "Configuration of the dataset.")
@@ -76,34 +84,24 @@ class LatentAnalysisConfig:
         choices=("auto", "inception", "lpips"),
     )  # fmt: skip
     inception_weights_path: str | None = option(None, "torch-fidelity's Inception weights. Default: cache or download.")
-    batch_size: int = option(16, "Images per forward pass.")
+    batch_size: int = option(16, "Images per forward pass.", at_least=1)
 
     # How
-    path_steps: int = option(16, "Steps of an interpolation between two images.")
-    path_epsilon: float = option(1e-3, "ε of the perceptual path length of continuous latents.")
-    replaced_share: float = option(0.1, "Share of tokens that pFID replaces.")
-    replaced_neighbours: int = option(8, "By one of so many nearest codes.")
-    lipschitz_images: int = option(16, "Images at which the decoder's Lipschitz constant is taken.")
-    lipschitz_iterations: int = option(10, "Power iterations.")
-    consistency_contexts: int = option(16, "Images in which codes are exchanged.")
-    consistency_codes: int = option(24, "Codes that are compared in each.")
-    diffusion_steps: int = option(500, "Training steps of the diffusability measure.")
+    path_steps: int = option(16, "Steps of an interpolation between two images.", at_least=1)
+    path_epsilon: float = option(1e-3, "ε of the perceptual path length of continuous latents.", above=0)
+    replaced_share: float = option(0.1, "Share of tokens that pFID replaces.", above=0, at_most=1)
+    replaced_neighbours: int = option(8, "By one of so many nearest codes.", at_least=1)
+    lipschitz_images: int = option(16, "Images at which the decoder's Lipschitz constant is taken.", at_least=1)
+    lipschitz_iterations: int = option(10, "Power iterations.", at_least=1)
+    consistency_contexts: int = option(16, "Images in which codes are exchanged.", at_least=1)
+    consistency_codes: int = option(24, "Codes that are compared in each.", at_least=1)
+    diffusion_steps: int = option(500, "Training steps of the diffusability measure.", at_least=1)
     diffusion_train_split: str = option("train", "Split that it trains on.")
 
     def __post_init__(self):
-        check_values(
-            self,
-            positive=("max_samples", "batch_size", "path_steps", "replaced_neighbours", "lipschitz_images",
-                      "lipschitz_iterations", "consistency_contexts", "consistency_codes", "diffusion_steps"),
-        )  # fmt: skip
+        check_values(self)
         if unknown := sorted(set(self.measures) - set(GROUPS)):
             raise ValueError(f"measures={unknown} must be among {', '.join(GROUPS)}.")
-        if not 0 < self.replaced_share <= 1:
-            raise ValueError(f"replaced_share={self.replaced_share} must be in (0, 1].")
-        if not self.path_epsilon > 0:
-            raise ValueError(f"path_epsilon={self.path_epsilon} must be above 0.")
-        if self.max_samples < 8:
-            raise ValueError(f"max_samples={self.max_samples} must be at least 8: intervals need several images.")
 
 
 class NotApplicable(Exception):

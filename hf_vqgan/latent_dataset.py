@@ -20,6 +20,7 @@ from .configuration_training import check_values, option
 from .data import ImageTransform, UnreadableImage, decode_image, find_image_column, load_splits, to_pixel_values
 from .modeling_vqgan import VQGANModel
 from .run_folder import write_text
+from .sources import check_source
 from .training import share_cpu_threads
 
 logger = logging.getLogger(__name__)
@@ -32,20 +33,24 @@ WHAT = ("latents", "indices")
 class EncodingConfig:
     """How a dataset is encoded. Every field is a flag of `encode_dataset.py`."""
 
-    what: list[str] = option(["latents", "indices"], "Columns to make.", choices=WHAT)
+    what: list[str] = option(["latents", "indices"], "Columns to make.", choices=WHAT, nonempty=True)
     dataset_config_name: str | None = option(None, "Configuration of the dataset.")
     dataset_revision: str | None = option(None, "Branch, tag or commit of a Hub dataset.")
     splits: list[str] = option([], "Splits to encode. Default: all.")
     image_column: str | None = option(None, "Column with the images, which the result drops. Default: the only one.")
     cache_dir: str | None = option(None, "Where `datasets` keeps what it downloads.", role="place")
-    resolution: int | None = option(None, "Side in pixels of the central square. Default: the model's sample_size.")
-    resize: int | None = option(None, "Shorter side before cropping. Default: resolution. 0: keep the image's size.")
+    resolution: int | None = option(
+        None, "Side in pixels of the central square. Default: the model's sample_size.", at_least=1
+    )
+    resize: int | None = option(
+        None, "Shorter side before cropping. Default: resolution. 0: keep the image's size.", at_least=0
+    )
     latents_dtype: str = option("float32", "Type of the latents.", choices=("float32", "float16"))
     mixed_precision: str = option("no", "Autocast.", choices=("no", "bf16", "fp16"))
-    batch_size: int = option(32, "Images per forward pass.")
-    shard_size: int = option(1024, "Rows of the source per parquet file, the unit that is resumed.")
+    batch_size: int = option(32, "Images per forward pass.", at_least=1)
+    shard_size: int = option(1024, "Rows of the source per parquet file, the unit that is resumed.", at_least=1)
     cpu_threads: int | None = option(
-        None, "Threads per process on CPU. Default: the cores shared evenly.", role="place"
+        None, "Threads per process on CPU. Default: the cores shared evenly.", at_least=1, role="place"
     )
     push_to_hub: bool = option(False, "Share the result, when complete, as a dataset on the Hub.", role="place")
     hub_dataset_id: str | None = option(
@@ -55,9 +60,7 @@ class EncodingConfig:
     hub_token: str | None = option(None, "Token for the Hub. Default: the one that is logged in.", role="secret")
 
     def __post_init__(self):
-        check_values(self, positive=("batch_size", "shard_size"))
-        if not self.what:
-            raise ValueError(f"what is empty: name one or more of {WHAT}.")
+        check_values(self)
 
 
 def encode_dataset(model_name: str, dataset_name: str, out: str | Path, config: EncodingConfig) -> dict[str, float]:
@@ -79,6 +82,7 @@ def encode_dataset(model_name: str, dataset_name: str, out: str | Path, config: 
     accelerator = Accelerator(mixed_precision=config.mixed_precision)
     share_cpu_threads(config, accelerator)
     out = Path(out)
+    check_source(model_name)
     model = VQGANModel.from_pretrained(model_name).eval().to(accelerator.device)
     side = model.config.sample_size if config.resolution is None else config.resolution
     if side % model.config.downsample_factor:

@@ -31,7 +31,7 @@ from torchvision.transforms.v2 import functional as tvF
 from torchvision.utils import make_grid
 from tqdm.auto import tqdm
 
-from .configuration_training import check_values, option
+from .configuration_training import LR_SCHEDULERS, MAX_SEED, TRACKERS, check_values, option
 from .data import EpochBatchSampler, ImageTransform, load_splits
 from .hub import push_pipeline_to_hub
 from .latent_samples import LatentSamples, encode_samples, raw_latents
@@ -39,6 +39,7 @@ from .modeling_vqgan import VQGANModel
 from .pipelines import VQGANLatentDiffusionPipeline, count_classes, normalize_latents, predict
 from .run_checkpoint import LossScale, NamedAverages, NamedOptimizer, Part
 from .run_folder import RunFolder
+from .sources import check_source
 from .training import share_cpu_threads
 
 
@@ -47,17 +48,19 @@ class LatentDiffusionConfig:
     """How a latent diffusion model is trained. Every field is a flag of `train_latent_diffusion.py`."""
 
     # What a run reads and writes
-    vqgan: str = option("", "VQGANModel whose latents are modelled: Hub name or folder.")
-    dataset_name: str = option("", "Images, or what encode_dataset.py made of them: Hub name, local path or package.")
+    vqgan: str = option("", "VQGANModel whose latents are modelled: Hub name or folder.", nonempty=True)
+    dataset_name: str = option(
+        "", "Images, or what encode_dataset.py made of them: Hub name, local path or package.", nonempty=True
+    )
     dataset_config_name: str | None = option(None, "Configuration of the dataset.")
     dataset_revision: str | None = option(None, "Branch, tag or commit of a Hub dataset.")
     train_split: str = option("train", "Split to train on.")
     image_column: str | None = option(None, "Column with the images. Default: the only image column.")
     class_column: str | None = option(None, "Column with class numbers to condition on. Default: unconditional.")
-    max_train_samples: int | None = option(None, "Use only the first so many rows.")
+    max_train_samples: int | None = option(None, "Use only the first so many rows.", at_least=1)
     cache_dir: str | None = option(None, "Where `datasets` keeps what it downloads.", role="place")
     output_dir: str = option(
-        "runs/diffusion", "Folder of the run: pipeline, sample grids, log and checkpoints.", role="place"
+        "runs/diffusion", "Folder of the run: pipeline, sample grids, log and checkpoints.", nonempty=True, role="place"
     )
     overwrite_output_dir: bool = option(
         False, "Delete a run with other settings from output_dir. The same command again still resumes.", role="place"
@@ -69,27 +72,34 @@ class LatentDiffusionConfig:
     )
 
     # From images to pixels; not used with an encoded dataset
-    resolution: int | None = option(None, "Side in pixels of the square crops. Default: the model's sample_size.")
-    resize: int | None = option(None, "Shorter side before cropping. Default: resolution. 0: keep the image's size.")
+    resolution: int | None = option(
+        None, "Side in pixels of the square crops. Default: the model's sample_size.", at_least=1
+    )
+    resize: int | None = option(
+        None, "Shorter side before cropping. Default: resolution. 0: keep the image's size.", at_least=0
+    )
     center_crop: bool = option(True, "Crop the centre instead of a random place.")
     random_flip: bool = option(False, "Mirror half of the crops.")
-    dataloader_num_workers: int = option(0, "Processes that load data, per training process.", role="place")
+    dataloader_num_workers: int = option(0, "Processes that load data, per training process.", at_least=0, role="place")
     latent_cache_gb: float = option(
         2.0,
         "Encode once, before training, if there is no random crop or flip and latents take at most so many GB.",
+        at_least=0,
         role="watching",
     )
 
     # The denoiser
     denoiser: str = option("unet", "UNet2DModel or DiTTransformer2DModel.", choices=("unet", "dit"))
-    block_out_channels: list[int] = option([128, 256, 256], "UNet: channels per level, highest resolution first.")
-    layers_per_block: int = option(2, "UNet: residual blocks per level.")
-    attention_levels: int = option(2, "UNet: so many of the lowest levels have attention.")
-    norm_num_groups: int = option(32, "UNet: groups of every GroupNorm.")
-    num_layers: int = option(12, "DiT: blocks.")
-    num_attention_heads: int = option(6, "DiT: heads per block.")
-    patch_size: int = option(2, "DiT: side in latents of a token.")
-    attention_head_dim: int = option(64, "Both: channels per attention head.")
+    block_out_channels: list[int] = option(
+        [128, 256, 256], "UNet: channels per level, highest resolution first.", at_least=1, nonempty=True
+    )
+    layers_per_block: int = option(2, "UNet: residual blocks per level.", at_least=1)
+    attention_levels: int = option(2, "UNet: so many of the lowest levels have attention.", at_least=0)
+    norm_num_groups: int = option(32, "UNet: groups of every GroupNorm.", at_least=1)
+    num_layers: int = option(12, "DiT: blocks.", at_least=1)
+    num_attention_heads: int = option(6, "DiT: heads per block.", at_least=1)
+    patch_size: int = option(2, "DiT: side in latents of a token.", at_least=1)
+    attention_head_dim: int = option(64, "Both: channels per attention head.", at_least=1)
     gradient_checkpointing: bool = option(
         False, "Both: recompute activations in the backward pass to save memory.", role="watching"
     )
@@ -100,41 +110,57 @@ class LatentDiffusionConfig:
     timestep_sampling: str = option(
         "logit_normal", "Training noise levels: mostly middle ones, or all alike.", choices=("logit_normal", "uniform")
     )
-    flow_shift: float = option(1.0, "Flow matching: above 1 shifts noise levels up, for latents of many positions.")
-    label_dropout: float = option(0.1, "Share of samples trained without their class, for classifier-free guidance.")
-    ema_decay: float = option(0.9999, "Largest decay of the averaged weights, which the pipeline gets; it warms up.")
+    flow_shift: float = option(
+        1.0, "Flow matching: above 1 shifts noise levels up, for latents of many positions.", above=0
+    )
+    label_dropout: float = option(
+        0.1, "Share of samples trained without their class, for classifier-free guidance.", at_least=0, at_most=1
+    )
+    ema_decay: float = option(
+        0.9999, "Largest decay of the averaged weights, which the pipeline gets; it warms up.", at_least=0, at_most=1
+    )
 
     # Optimisation
-    train_batch_size: int = option(64, "Samples per process and forward pass.")
-    gradient_accumulation_steps: int = option(1, "Forward passes per optimizer step.")
-    max_train_steps: int | None = option(None, "Optimizer steps. Default: what num_train_epochs gives.")
-    num_train_epochs: int = option(100, "Passes over the data, if max_train_steps is not given.")
-    learning_rate: float = option(2e-4, "Learning rate.")
-    lr_scheduler: str = option("constant_with_warmup", "Schedule, a name that diffusers' get_scheduler knows.")
-    lr_warmup_steps: int = option(500, "Steps of linear warm-up.")
-    adam_beta1: float = option(0.9, "Adam's β1.")
-    adam_beta2: float = option(0.99, "Adam's β2.")
-    adam_weight_decay: float = option(0.0, "AdamW's weight decay.")
-    adam_epsilon: float = option(1e-8, "Adam's ε.")
-    max_grad_norm: float = option(1.0, "Clip the gradient to this norm. 0: never.")
+    train_batch_size: int = option(64, "Samples per process and forward pass.", at_least=1)
+    gradient_accumulation_steps: int = option(1, "Forward passes per optimizer step.", at_least=1)
+    max_train_steps: int | None = option(None, "Optimizer steps. Default: what num_train_epochs gives.", at_least=1)
+    num_train_epochs: int = option(100, "Passes over the data, if max_train_steps is not given.", at_least=1)
+    learning_rate: float = option(2e-4, "Learning rate.", at_least=0)
+    lr_scheduler: str = option(
+        "constant_with_warmup", "Schedule, a name that diffusers' get_scheduler knows.", choices=LR_SCHEDULERS
+    )
+    lr_warmup_steps: int = option(500, "Steps of linear warm-up.", at_least=0)
+    adam_beta1: float = option(0.9, "Adam's β1.", at_least=0, below=1)
+    adam_beta2: float = option(0.99, "Adam's β2.", at_least=0, below=1)
+    adam_weight_decay: float = option(0.0, "AdamW's weight decay.", at_least=0)
+    adam_epsilon: float = option(1e-8, "Adam's ε.", above=0)
+    max_grad_norm: float = option(1.0, "Clip the gradient to this norm. 0: never.", at_least=0)
     mixed_precision: str = option("no", "Autocast.", choices=("no", "bf16", "fp16"))
     cpu_threads: int | None = option(
-        None, "Threads per process on CPU. Default: the cores shared evenly.", role="place"
+        None, "Threads per process on CPU. Default: the cores shared evenly.", at_least=1, role="place"
     )
-    seed: int = option(0, "Seed of everything random.")
+    seed: int = option(0, "Seed of everything random.", at_least=0, at_most=MAX_SEED)
 
     # Watching, keeping, sharing
-    logging_steps: int = option(50, "Steps between lines of log.jsonl and tracker entries.", role="watching")
-    sample_steps: int = option(1000, "Steps between sample grids; there is always one at the end.", role="watching")
-    sample_images: int = option(32, "Images in a grid; with classes, shared among them, one row each.", role="watching")
-    sample_inference_steps: int = option(30, "Scheduler steps of a sample.", role="watching")
-    sample_guidance_scale: float = option(2.0, "Guidance of class-conditional samples.", role="watching")
-    checkpointing_steps: int = option(
-        1000, "Steps between checkpoints; there is always one at the end.", role="watching"
+    logging_steps: int = option(
+        50, "Steps between lines of log.jsonl and tracker entries.", at_least=1, role="watching"
     )
-    checkpoints_total_limit: int | None = option(2, "Keep only the latest so many checkpoints.", role="watching")
+    sample_steps: int = option(
+        1000, "Steps between sample grids; there is always one at the end.", at_least=1, role="watching"
+    )
+    sample_images: int = option(
+        32, "Images in a grid; with classes, shared among them, one row each.", at_least=1, role="watching"
+    )
+    sample_inference_steps: int = option(30, "Scheduler steps of a sample.", at_least=1, role="watching")
+    sample_guidance_scale: float = option(2.0, "Guidance of class-conditional samples.", at_least=0, role="watching")
+    checkpointing_steps: int = option(
+        1000, "Steps between checkpoints; there is always one at the end.", at_least=1, role="watching"
+    )
+    checkpoints_total_limit: int | None = option(
+        2, "Keep only the latest so many checkpoints.", at_least=1, role="watching"
+    )
     report_to: str | None = option(
-        None, "Tracker, as Accelerate names it: tensorboard, wandb, trackio, all.", role="place"
+        None, "Tracker, as Accelerate names it: tensorboard, wandb, trackio, all.", choices=TRACKERS, role="place"
     )
     push_to_hub: bool = option(False, "Push the pipeline to the Hub at every checkpoint.", role="place")
     hub_model_id: str | None = option(None, "Repository to push to. Default: the name of output_dir.", role="place")
@@ -145,19 +171,7 @@ class LatentDiffusionConfig:
     )
 
     def __post_init__(self):
-        check_values(
-            self,
-            positive=("train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "logging_steps",
-                      "sample_steps", "sample_images", "sample_inference_steps", "checkpointing_steps", "patch_size",
-                      "num_layers", "layers_per_block"),
-            not_negative=("learning_rate", "lr_warmup_steps", "max_grad_norm", "attention_levels", "latent_cache_gb"),
-        )  # fmt: skip
-        for name in ("label_dropout", "ema_decay"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be in [0, 1].")
-        for name, what in (("vqgan", "the model"), ("dataset_name", "a dataset")):
-            if not getattr(self, name):
-                raise ValueError(f"{name} is empty: name {what}, on the Hub or in a folder.")
+        check_values(self)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -394,6 +408,7 @@ def train_latent_diffusion(config: LatentDiffusionConfig, dry_run: bool = False)
     )
     share_cpu_threads(config, accelerator)
     set_seed(config.seed)
+    check_source(config.vqgan)
     vqgan = VQGANModel.from_pretrained(config.vqgan).eval().requires_grad_(False).to(accelerator.device)
     samples = load_samples(config, vqgan, accelerator)
     state = build_state(config, accelerator, vqgan, samples)

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from scipy.stats import t as student_t
 from torch import Tensor
 
-from .configuration_training import VQGANTrainingConfig, check_values, option
+from .configuration_training import MAX_SEED, VQGANTrainingConfig, check_values, option
 from .configuration_vqgan import VQGANConfig
 from .latent_analysis import GROUPS, LatentAnalysisConfig, NotApplicable, Subject, prepare
 from .latent_pictures import draw_strips
@@ -95,24 +95,28 @@ MEASURES = {
 class LossStudyConfig:
     """A study of the losses. Every field is a flag of `study_losses.py`."""
 
-    dataset_name: str = option("", "Hub dataset, local path that load_dataset reads, or package:NAME/FOLDER.")
-    output_dir: str = option("runs/losses", "Folder of the study; every run is a folder in it.")
-    variants: list[str] = option(
-        list(VARIANTS), "Run only these, and what they are compared with.", choices=tuple(VARIANTS)
+    dataset_name: str = option(
+        "", "Hub dataset, local path that load_dataset reads, or package:NAME/FOLDER.", nonempty=True
     )
-    seeds: list[int] = option([0, 1, 2], "Seeds of every variant.")
+    output_dir: str = option("runs/losses", "Folder of the study; every run is a folder in it.", nonempty=True)
+    variants: list[str] = option(
+        list(VARIANTS), "Run only these, and what they are compared with.", choices=tuple(VARIANTS), nonempty=True
+    )
+    seeds: list[int] = option([0, 1, 2], "Seeds of every variant.", at_least=0, at_most=MAX_SEED, nonempty=True)
 
-    resolution: int = option(32, "Side of the images, in training and measurement.")
-    block_out_channels: list[int] = option([8, 16, 32], "Channels of the levels, all but the first after a halving.")
-    latent_channels: int = option(8, "Dimension D of latents and codes.")
-    num_vq_embeddings: int = option(256, "Number of codes K.")
-    max_train_steps: int = option(200, "Steps of every run; the discriminator starts after a third.")
-    train_batch_size: int = option(8, "Images per step.")
-    learning_rate: float = option(1e-3, "Learning rate of the model.")
+    resolution: int = option(32, "Side of the images, in training and measurement.", at_least=1)
+    block_out_channels: list[int] = option(
+        [8, 16, 32], "Channels of the levels, all but the first after a halving.", at_least=1, nonempty=True
+    )
+    latent_channels: int = option(8, "Dimension D of latents and codes.", at_least=1)
+    num_vq_embeddings: int = option(256, "Number of codes K.", at_least=1)
+    max_train_steps: int = option(200, "Steps of every run; the discriminator starts after a third.", at_least=1)
+    train_batch_size: int = option(8, "Images per step.", at_least=1)
+    learning_rate: float = option(1e-3, "Learning rate of the model.", at_least=0)
     # As fast as the model, with the weight 0.8, this small discriminator swings from "all real" to "all false".
-    disc_learning_rate: float = option(2e-4, "Learning rate of the discriminator.")
-    adversarial_weight: float = option(0.4, "Weight of the adversarial loss, where there is one.")
-    perceptual_weight: float = option(0.3, "Weight of LPIPS, where there is one.")
+    disc_learning_rate: float = option(2e-4, "Learning rate of the discriminator.", at_least=0)
+    adversarial_weight: float = option(0.4, "Weight of the adversarial loss, where there is one.", at_least=0)
+    perceptual_weight: float = option(0.3, "Weight of LPIPS, where there is one.", at_least=0)
     perceptual_net: str = option("alex", "LPIPS network of the loss and of the measures.", choices=tuple(NETWORKS))
     perceptual_weights_path: str | None = option(None, "Its weights. Default: fetched.")
     other_net: str = option(
@@ -120,23 +124,22 @@ class LossStudyConfig:
     )
     other_weights_path: str | None = option(None, "Its weights. Default: fetched.")
 
-    max_samples: int = option(48, "Images to measure on, of the validation or test split.")
+    max_samples: int = option(48, "Images to measure on, of the validation or test split.", at_least=8)
     measures: list[str] = option(
         ["smoothness", "lipschitz", "holes", "robustness", "equivariance", "spectrum", "dimension"],
         "What to measure of the latent space.",
         tuple(GROUPS),
+        nonempty=True,
     )
-    diffusion_steps: int = option(500, "Training steps of the measure `diffusability`, if it is among them.")
-    cpu_threads: int = option(1, "Threads per run on CPU.")
+    diffusion_steps: int = option(
+        500, "Training steps of the measure `diffusability`, if it is among them.", at_least=1
+    )
+    cpu_threads: int = option(1, "Threads per run on CPU.", at_least=1)
 
     def __post_init__(self):
-        check_values(
-            self, positive=("max_train_steps", "max_samples", "train_batch_size", "diffusion_steps", "cpu_threads")
-        )
-        if len(set(self.seeds)) != len(self.seeds) or not self.seeds:
-            raise ValueError(f"seeds={self.seeds} must be one or more different numbers.")
-        if not self.dataset_name:
-            raise ValueError("dataset_name is empty: name a Hub dataset, a local folder, or package:NAME/FOLDER.")
+        check_values(self)
+        if len(set(self.seeds)) != len(self.seeds):
+            raise ValueError(f"seeds={self.seeds} must be different numbers.")
 
     def chosen(self) -> dict[str, Variant]:
         """The chosen variants and those that they are compared with."""

@@ -19,6 +19,7 @@ from .image_processing_vqgan import VQGANImageProcessor, to_rgb
 from .modeling_vqgan import VQGANModel
 from .pictures import code_colours
 from .pipelines import VQGANLatentDiffusionPipeline
+from .sources import check_source
 
 PALETTE_COLUMNS, PALETTE_CELL = 32, 30
 # transformers and diffusers swap out global functions while they load, so that one load spoils another beside it.
@@ -92,6 +93,7 @@ def load_model(name: str) -> VQGANModel:
         OSError: if there is no such model.
         ValueError: if there is one, but of another kind.
     """
+    check_source(name)
     with _LOADING:
         model = VQGANModel.from_pretrained(name, use_safetensors=True)
     return model.to(_device()).eval().requires_grad_(False)
@@ -105,6 +107,7 @@ def load_pipeline(name: str) -> VQGANLatentDiffusionPipeline:
         OSError: if there is no such pipeline.
         ValueError: if it is not a [`VQGANLatentDiffusionPipeline`].
     """
+    check_source(name)
     kind = VQGANLatentDiffusionPipeline.load_config(name).get("_class_name")
     if kind != VQGANLatentDiffusionPipeline.__name__:
         raise ValueError(f"{name} holds a {kind}; expected a {VQGANLatentDiffusionPipeline.__name__}.")

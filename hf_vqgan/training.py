@@ -9,9 +9,12 @@ import logging
 import math
 import os
 import signal
+import statistics
+import tempfile
 import threading
 import time
 from collections.abc import Collection, Generator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,6 +39,7 @@ from .data import (
     load_image_datasets,
     load_train_images,
     map_style_images,
+    notices,
 )
 from .discriminators import DINODiscriminator, PatchDiscriminator, StyleGANDiscriminator
 from .gradient_flow import measure_gradients
@@ -48,6 +52,7 @@ from .pictures import draw_codebook, draw_curves, draw_gradients, draw_reconstru
 from .regularizers import FeatureAlignment
 from .run_checkpoint import LossScale, NamedAverages, NamedOptimizer, Part
 from .run_folder import RunFolder, public_settings
+from .sources import check_source
 from .streaming_data import StreamedImages, load_image_stream
 from .training_step import StepOutput, TrainState, initialize_codebook, training_step, update_codebook
 
@@ -61,10 +66,20 @@ NAMED_IMAGES = 10  # of the unreadable ones, how many are named; all are counted
 # What ends a run early
 
 PREEMPTED_EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: try again
+INTERRUPTED_EXIT_CODE = 128 + signal.SIGINT  # what shells report of a program that Ctrl-C has ended
 
 
 class Preempted(RuntimeError):
-    """The run was asked to make room. It has saved a checkpoint; the same command goes on from there."""
+    """
+    The run was asked to stop. It has saved a checkpoint; the same command goes on from there.
+
+    Args:
+        exit_code (`int`): What a program that ends with this should return.
+    """
+
+    def __init__(self, message: str, exit_code: int = PREEMPTED_EXIT_CODE):
+        super().__init__(message)
+        self.exit_code = exit_code
 
 
 class CodebookCollapse(RuntimeError):
@@ -73,22 +88,24 @@ class CodebookCollapse(RuntimeError):
 
 class PreemptionNotice(contextlib.AbstractContextManager):
     """
-    Takes SIGTERM and SIGUSR1, with which clusters announce that they will end a job, as a request to save and stop.
+    Takes as a request to save and stop: SIGTERM and SIGUSR1, with which clusters announce that they will end a job, and
+    Ctrl-C. A second Ctrl-C stops at once.
 
     Args:
         accelerator (`Accelerator`): A notice to one process is one to all.
     """
 
-    SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+    SAME_KEY = 1.0  # seconds: terminals and launchers may both pass one Ctrl-C on
 
     def __init__(self, accelerator: Accelerator):
         self.accelerator = accelerator
-        self.name: str | None = None  # of the signal that this process got
+        self.name: str | None = None  # of the first signal that this process got
+        self.interrupted: float | None = None  # when Ctrl-C was pressed
         self.previous: dict = {}
 
     def __enter__(self) -> "PreemptionNotice":
         if threading.current_thread() is threading.main_thread():  # Python lets only that one handle signals
-            self.previous = {number: signal.signal(number, self._note) for number in self.SIGNALS}
+            self.previous = {number: signal.signal(number, self._note) for number in notices()}
         return self
 
     def __exit__(self, *exception) -> None:
@@ -96,7 +113,20 @@ class PreemptionNotice(contextlib.AbstractContextManager):
             signal.signal(number, handler)
 
     def _note(self, number: int, frame) -> None:
-        self.name = signal.Signals(number).name
+        self.name = self.name or signal.Signals(number).name
+        if number != signal.SIGINT:
+            return
+        now = time.monotonic()
+        if self.interrupted is not None and now - self.interrupted > self.SAME_KEY:
+            raise KeyboardInterrupt
+        if self.interrupted is None and self.accelerator.is_main_process:
+            # Not by print, which may be what the signal has interrupted
+            os.write(2, b"\nCtrl-C: saving after this step. Once more stops at once, without saving.\n")
+        self.interrupted = self.interrupted or now
+
+    @property
+    def exit_code(self) -> int:
+        return INTERRUPTED_EXIT_CODE if self.interrupted is not None else PREEMPTED_EXIT_CODE
 
     @property
     def received(self) -> bool:
@@ -157,7 +187,8 @@ def train(config: VQGANTrainingConfig, model_config: VQGANConfig, dry_run: bool 
     Train a [`VQGANModel`] and leave in `config.output_dir`: the model in from_pretrained layout, metrics.json,
     reconstructions.png, curves.png, log.jsonl, training_config.yaml and checkpoint-N/.
 
-    With `dry_run`, check everything (data, columns, sizes, weights, one forward pass), print the plan, write nothing.
+    With `dry_run`, print the plan, check everything (data, columns, sizes, weights, a few steps of all networks, the
+    folder), say how long the run will take, and leave nothing behind.
 
     Returns:
         The final metrics, as in metrics.json (empty for a dry run).
@@ -167,9 +198,11 @@ def train(config: VQGANTrainingConfig, model_config: VQGANConfig, dry_run: bool 
         ValueError, FileNotFoundError: for settings or data that cannot work, before anything is written.
         FloatingPointError: after `max_nonfinite_steps` steps in a row with a loss or gradient that is not finite.
         CodebookCollapse: if the codebook collapses and `stop_on_collapse` is set.
-        Preempted: after SIGTERM or SIGUSR1, once a checkpoint is saved.
+        Preempted: after SIGTERM, SIGUSR1 or Ctrl-C, once a checkpoint is saved.
+        KeyboardInterrupt: after a second Ctrl-C, at once.
         OSError: if a checkpoint cannot be written. Earlier ones stay as they were, here and in all cases above.
     """
+    check_model(config, model_config)
     accelerator = build_accelerator(config)
     set_seed(config.seed)
     dataset, validation = load_images(config, model_config, accelerator)
@@ -180,12 +213,15 @@ def train(config: VQGANTrainingConfig, model_config: VQGANConfig, dry_run: bool 
     perceptual, metric = load_lpips(config, accelerator)
     state = build_state(config, model_config, accelerator, perceptual)
 
-    if accelerator.is_main_process:
-        print(describe_plan(state, dataset, validation, global_batch))
+    accelerator.print(describe_plan(state, dataset, validation, global_batch))
+    if accelerator.is_main_process and (idle := config.never_reached()):
+        logger.warning(
+            "in %d steps these settings have no effect, or not all of it: %s. Raise --max_train_steps, or lower them.",
+            config.max_train_steps,
+            "; ".join(idle),
+        )
     if dry_run:
-        batches = device_batches(state, dataset, 1, 0, accelerator.num_processes)
-        with torch.no_grad(), contextlib.closing(batches):
-            state.model(next(batches)["pixel_values"])
+        accelerator.print(rehearse(state, dataset, validation, metric))
         return {}
 
     with RunFolder(config, model_config, accelerator) as run:
@@ -206,6 +242,29 @@ def train(config: VQGANTrainingConfig, model_config: VQGANConfig, dry_run: bool 
         if config.report_to:
             accelerator.end_training()
         return metrics
+
+
+def check_model(config: VQGANTrainingConfig, model_config: VQGANConfig) -> None:
+    """
+    Before anything is loaded, find out about a model that cannot be trained.
+
+    Raises:
+        ValueError: if it has no decoder, or does not fit the images.
+        FileNotFoundError, ConnectionError: if `init_from` cannot be had.
+    """
+    if config.init_from is not None:
+        check_source(config.init_from)
+    if model_config.encoder_only:
+        raise ValueError("encoder_only=True: a model without a decoder reconstructs nothing, so it cannot be trained.")
+    for name in ("in_channels", "out_channels"):
+        if getattr(model_config, name) != 3:
+            raise ValueError(f"{name}={getattr(model_config, name)}: training images are RGB, so it must be 3.")
+    factor = model_config.downsample_factor
+    if config.resolution % factor:
+        raise ValueError(
+            f"resolution={config.resolution} is not a multiple of {factor}, the downsampling factor of "
+            f"{len(model_config.block_out_channels)} levels in block_out_channels."
+        )
 
 
 def build_accelerator(config: VQGANTrainingConfig) -> Accelerator:
@@ -283,6 +342,8 @@ def run_steps(
             with contextlib.closing(micro_batch_loader(state, dataset)) as coming:
                 initialize_codebook(state, coming)
         quantizing = state.quantizing
+        phase = "train" if quantizing else f"autoencoder until step {config.quantize_start}"
+        progress.set_description(phase, refresh=False)
         micro_batches = [next(loader) for _ in range(config.gradient_accumulation_steps)]
         if config.gradient_report_steps and (state.step + 1) % config.gradient_report_steps == 0:
             report = measure_gradients(state, micro_batches[0]["pixel_values"])
@@ -322,7 +383,9 @@ def run_steps(
             parts = checkpoint_parts(state, dataset)
             run.save_checkpoint(state.vqgan, state.step, parts, state.averaged_weights())
         if preempted:
-            raise Preempted(f"stopped by {notice.name or 'notice to another process'}: saved step {state.step}.")
+            by = notice.name or "notice to another process"
+            progress.close()
+            raise Preempted(f"stopped by {by}: saved step {state.step}.", notice.exit_code)
         if state.step % config.checkpointing_steps == 0 or last:
             push(state, run)
     progress.close()
@@ -347,12 +410,6 @@ def load_images(
     config: VQGANTrainingConfig, model_config: VQGANConfig, accelerator: Accelerator
 ) -> tuple[TrainingImages | MixedImages | StreamedImages, ValidationImages]:
     """The training and validation images that the configuration names, checked against the model's factor."""
-    factor = model_config.downsample_factor
-    if config.resolution % factor:
-        raise ValueError(
-            f"resolution={config.resolution} is not a multiple of {factor}, the downsampling factor of "
-            f"{len(model_config.block_out_channels)} levels in block_out_channels."
-        )
     transform = ImageTransform(config.resolution, config.resize, config.center_crop, config.random_flip)
     of_all: dict[str, Any] = dict(
         train_split=config.train_split,
@@ -380,7 +437,9 @@ def load_images(
             images, validation_images = load_image_datasets(config.dataset_name, **of_first, seed=config.seed)
             more = [load_train_images(name, **of_all) for name in config.extra_datasets]
             training = map_style_images([images, *more], transform, config.seed, config.crops_per_image, weights)
-    validation = ValidationImages(validation_images, transform, config.validate_whole_images, factor)
+    validation = ValidationImages(
+        validation_images, transform, config.validate_whole_images, model_config.downsample_factor
+    )
     if not len(validation):
         raise ValueError(f"none of the {len(validation_images)} validation images can be read.")
     return training, validation
@@ -436,8 +495,9 @@ def device_batches(state: TrainState, dataset, batch_size: int, start: int, stop
 
 
 def log_row(state: TrainState, output: StepOutput, restarted: int, global_batch: int) -> dict[str, float]:
-    """One line of log.jsonl: every loss, unweighted, and how the run is doing."""
+    """One line of log.jsonl: every loss, unweighted, and how the run is doing; of codes, once there are any."""
     report = state.health.report()
+    codes = ("perplexity", "usage", "dead_codes", "top_code_share") if report.window_steps else ()
     return {
         "step": state.step,
         **output.losses,
@@ -447,11 +507,8 @@ def log_row(state: TrainState, output: StepOutput, restarted: int, global_batch:
         **output.watched,
         "nonfinite_steps": state.nonfinite_steps,
         "learning_rate": state.scheduler.get_last_lr()[0],
-        "perplexity": report.perplexity,
-        "usage": report.usage,
-        "dead_codes": report.dead_codes,
-        "top_code_share": report.top_code_share,
-        "restarted_codes": restarted,
+        **{name: getattr(report, name) for name in codes},
+        **({"restarted_codes": restarted} if codes else {}),
         "images_per_second": state.step * global_batch / state.seconds,
     }
 
@@ -560,6 +617,8 @@ def compile_blocks(
     Compile block by block: the step takes gradients at the decoder's last layer, which a graph of the whole decoder
     would hide; and equal blocks are compiled once.
     """
+    if config.torch_compile_backend not in (known := torch._dynamo.list_backends(exclude_tags=())):
+        raise ValueError(f"torch_compile_backend={config.torch_compile_backend!r} must be one of {', '.join(known)}.")
     blocks = [module for module in model.modules() if type(module).__name__ in model._no_split_modules]
     if discriminator is not None:
         blocks.append(discriminator)
@@ -708,6 +767,8 @@ def describe_plan(state: TrainState, dataset, validation: ValidationImages, glob
     lines = {
         "data": f"{', '.join([config.dataset_name, *config.extra_datasets])}: {dataset.describe()}, "
         f"{len(validation)} for validation",
+        "crops": describe_crops(config)[0],
+        "validation": describe_crops(config)[1],
         "parameters": ", ".join(f"{name} {count:.2f} M" for name, count in millions.items()),
         "tokens": f"{config.resolution}x{config.resolution} pixels -> {side}x{side} codes of "
         f"{model.config.num_vq_embeddings:,} ({model.config.quantizer}, f{factor}, {bits:.3f} bits per pixel)",
@@ -718,7 +779,79 @@ def describe_plan(state: TrainState, dataset, validation: ValidationImages, glob
         "device": f"{state.accelerator.device}, mixed precision {config.mixed_precision}",
         "output": config.output_dir,
     }
+    if idle := config.never_reached():
+        lines["no effect"] = "; ".join(idle)
     return "\n".join(f"{name:>10}: {text}" for name, text in lines.items())
+
+
+def describe_crops(config: VQGANTrainingConfig) -> tuple[str, str]:
+    """How training images are cut, and how those for validation are, in words."""
+    side, resize = config.resolution, config.resolution if config.resize is None else config.resize
+    size = f"shorter side to {resize} pixels" if resize else "at their own size"
+    place = "central" if config.center_crop else "random"
+    mirrored = ", half of them mirrored" if config.random_flip else ""
+    training = f"{size}, {config.crops_per_image} {place} {side}x{side} crop(s) of an image per epoch{mirrored}"
+    if config.validate_whole_images:
+        return training, f"{size}, whole images"
+    same = "" if resize == side else f"; evaluate_vqgan.py measures the same with --resize {resize}"
+    return training, f"{size}, the central {side}x{side}{same}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A dry run
+
+
+def rehearse(state: TrainState, dataset, validation: ValidationImages, metric: LPIPS, steps: int = 3) -> str:
+    """
+    Take a few steps with everything on that would start later, measure one validation image, and see whether
+    `output_dir` can be written to. Nothing is left but the changed `state`.
+
+    Returns:
+        A line that says so, and how long the run will take.
+
+    Raises:
+        OSError: if the folder cannot be written to.
+        FloatingPointError: if a loss or gradient is not finite.
+    """
+    config, accelerator = state.config, state.accelerator
+    check_writable(Path(config.output_dir))
+    state.config = dataclasses.replace(config, quantize_start=0, disc_start=0, disc_ramp_steps=0)
+    micro_batches = config.gradient_accumulation_steps
+    stop = steps * micro_batches * accelerator.num_processes
+    seconds = []
+    with contextlib.closing(device_batches(state, dataset, config.train_batch_size, 0, stop)) as loader:
+        for _ in range(steps):
+            started = time.perf_counter()
+            output = training_step(state, [next(loader)["pixel_values"] for _ in range(micro_batches)])
+            update_codebook(state, output)
+            seconds.append(time.perf_counter() - started)
+            if output.nonfinite and accelerator.scaler is None:  # fp16 finds its scale by skipping steps
+                raise FloatingPointError(f"not finite in a first step: {', '.join(output.nonfinite)}.")
+    image = validation[0][None].contiguous(memory_format=memory_format(config))
+    evaluate_reconstruction(state.vqgan, [image], metric)
+    a_step = statistics.median(seconds[1:])  # the first one warms up
+    return (
+        f"OK: {steps} steps and a validation image went through, and {config.output_dir} can be written to. "
+        f"{config.max_train_steps:,} steps of {a_step:.2g} s take about {duration(config.max_train_steps * a_step)}, "
+        "without validation and checkpoints."
+    )
+
+
+def check_writable(folder: Path) -> None:
+    """Raise OSError if a folder, which need not be there yet, could not be written to. Leaves nothing."""
+    nearest = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    try:
+        with tempfile.TemporaryFile(dir=nearest):
+            pass
+    except OSError as error:
+        raise OSError(f"output_dir={str(folder)!r} cannot be written to: {nearest}: {error.strerror}.") from error
+
+
+def duration(seconds: float) -> str:
+    for unit, length in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{seconds:.0f} seconds"
 
 
 def validate(state: TrainState, validation: ValidationImages, metric: LPIPS, run: RunFolder) -> dict[str, float]:
@@ -730,13 +863,13 @@ def validate(state: TrainState, validation: ValidationImages, metric: LPIPS, run
         What metrics.json says.
     """
     config, accelerator = state.config, state.accelerator
+    _, size = describe_crops(config)
     mine = range(accelerator.process_index, len(validation), accelerator.num_processes)
     images = (validation[index][None].contiguous(memory_format=memory_format(config)) for index in mine)
     found = evaluate_reconstruction(state.vqgan, images, metric).as_dict()
     run.log({"step": state.step} | {f"validation_{name}": value for name, value in found.items()})
 
     report = state.health.report()
-    size = "whole images" if config.validate_whole_images else f"central {config.resolution}-pixel squares"
     of_codes = ("perplexity", "usage")
     metrics = {name: value for name, value in found.items() if name not in of_codes}
     metrics |= {name: getattr(report, name) for name in of_codes}

@@ -5,6 +5,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModel
 
+from .sources import check_source
+
 
 class VisionBackbone(nn.Module):
     """
@@ -22,6 +24,7 @@ class VisionBackbone(nn.Module):
     def __init__(self, name: str, flag: str, instead: str):
         super().__init__()
         try:
+            check_source(name)
             self.model = AutoModel.from_pretrained(name).eval()
         except (OSError, ValueError) as error:
             raise ValueError(

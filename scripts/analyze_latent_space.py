@@ -12,13 +12,9 @@ MODEL is a VQGANModel, a diffusers AutoencoderKL or VQModel, or another project'
 Leaves latent_space.json, report.md and pictures in output_dir. What each figure means: docs/latent_space.md.
 """
 
-import sys
-from pathlib import Path
-
 import datasets
-from huggingface_hub.errors import HfHubHTTPError
 
-from hf_vqgan.arguments import RecipeParser
+from hf_vqgan.arguments import RecipeParser, errors_in_one_line
 from hf_vqgan.latent_analysis import LatentAnalysisConfig
 from hf_vqgan.latent_report import analyze_and_compare
 
@@ -30,11 +26,9 @@ def main() -> None:
     parser.add_argument(
         "dataset", nargs="?", help="Hub dataset, local path that load_dataset reads, or package:NAME/DIR."
     )
-    try:
+    with errors_in_one_line():
         config, names = parser.parse()
         analyze_and_compare(names.model, names.dataset, config)
-    except (ValueError, OSError, HfHubHTTPError, datasets.exceptions.DatasetsError) as error:
-        sys.exit(f"{Path(__file__).name}: error: {error}")
 
 
 if __name__ == "__main__":

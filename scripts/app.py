@@ -15,6 +15,9 @@ import ipaddress
 import sys
 from pathlib import Path
 
+from hf_vqgan.arguments import errors_in_one_line
+from hf_vqgan.sources import check_source
+
 try:
     from hf_vqgan.playground_page import launch, make_page, write_space
 except ModuleNotFoundError as error:
@@ -31,15 +34,15 @@ def main() -> None:
     parser.add_argument("--server_port", type=int, help="Default: the first free one from 7860.")
     parser.add_argument("--space", type=Path, help="Folder to write: new or empty. Nothing is served then.")
     arguments = parser.parse_args()
-    local = arguments.server_name == "localhost" or ipaddress.ip_address(arguments.server_name).is_loopback
-    try:
+    with errors_in_one_line():
+        local = arguments.server_name == "localhost" or ipaddress.ip_address(arguments.server_name).is_loopback
         if arguments.space:
             write_space(arguments.space, arguments.models, arguments.pipeline)
         else:
+            for name in (*arguments.models, *arguments.pipeline):
+                check_source(name)
             page = make_page(arguments.models, arguments.pipeline, any_name=local)
             launch(page, server_name=arguments.server_name, server_port=arguments.server_port)
-    except (ValueError, OSError) as error:
-        sys.exit(f"{Path(__file__).name}: error: {error}")
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from collections.abc import Iterator
 import torch
 
 from hf_vqgan import lookup_speed, speed
+from hf_vqgan.arguments import errors_in_one_line
 from hf_vqgan.latent_analysis import LatentAnalysisConfig, load_images
 from hf_vqgan.speed import Setting, in_fresh_process
 
@@ -230,4 +231,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with errors_in_one_line():
+        main()

@@ -11,11 +11,9 @@ docs/checkpoints.md says what loads and what differs.
 """
 
 import argparse
-import sys
 from pathlib import Path
 
-from huggingface_hub.errors import HfHubHTTPError
-
+from hf_vqgan.arguments import errors_in_one_line
 from hf_vqgan.conversion import EXPORTS, FAMILIES, convert
 
 
@@ -30,10 +28,8 @@ def main() -> None:
         "--weights", default="auto", choices=("auto", "raw", "ema"), help="Default: what the original evaluates."
     )
     arguments = parser.parse_args()
-    try:
+    with errors_in_one_line():
         model = convert(**vars(arguments))
-    except (ValueError, OSError, HfHubHTTPError) as error:
-        sys.exit(f"{Path(__file__).name}: error: {error}")
     config = model.config
     print(
         f"{arguments.out}: f{config.downsample_factor}, {config.num_vq_embeddings} codes of {config.vq_embed_dim} "

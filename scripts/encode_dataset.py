@@ -9,12 +9,9 @@ Encode an image dataset into a dataset of latents and codes.
 MODEL and DATASET are Hub names or local folders. The same command again continues where it was interrupted.
 """
 
-import sys
-from pathlib import Path
-
 import datasets
 
-from hf_vqgan.arguments import RecipeParser
+from hf_vqgan.arguments import RecipeParser, errors_in_one_line
 from hf_vqgan.latent_dataset import EncodingConfig, encode_dataset
 
 
@@ -24,11 +21,9 @@ def main() -> None:
     parser.add_argument("model", help="VQGANModel: Hub name or folder.")
     parser.add_argument("dataset", help="Hub dataset, local path that load_dataset reads, or package:NAME/FOLDER.")
     parser.add_argument("out", help="Folder for the encoded dataset.")
-    try:
+    with errors_in_one_line():
         config, names = parser.parse()
         encode_dataset(names.model, names.dataset, names.out, config)
-    except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
-        sys.exit(f"{Path(__file__).name}: error: {error}")
 
 
 if __name__ == "__main__":

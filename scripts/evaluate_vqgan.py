@@ -11,13 +11,9 @@ folder, a file, or owner/name[/folder][@revision] on the Hub. DATASET comes last
 evaluation.json, evaluation.md and comparison.png. What the figures mean: docs/evaluation.md.
 """
 
-import sys
 from pathlib import Path
 
-import datasets
-from huggingface_hub.errors import HfHubHTTPError
-
-from hf_vqgan.arguments import RecipeParser
+from hf_vqgan.arguments import RecipeParser, errors_in_one_line
 from hf_vqgan.evaluation import EvaluationConfig, evaluate
 
 
@@ -25,11 +21,9 @@ def main() -> None:
     parser = RecipeParser((EvaluationConfig,))
     parser.add_argument("models", nargs="+", metavar="MODEL", help="Models to compare, before all flags.")
     parser.add_argument("dataset", metavar="DATASET", help="Hub dataset, local path, or package:NAME/FOLDER.")
-    try:
+    with errors_in_one_line():
         config, names = parser.parse()
         evaluate(names.models, names.dataset, config)
-    except (ValueError, OSError, HfHubHTTPError, datasets.exceptions.DatasetsError) as error:
-        sys.exit(f"{Path(__file__).name}: error: {error}")
     print((Path(config.output_dir) / "evaluation.md").read_text().split("\n## Protocol")[0])
 
 

@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 from transformers import HfArgumentParser
 
 from hf_vqgan import VQGANConfig
+from hf_vqgan.arguments import errors_in_one_line
 from hf_vqgan.data import ImageTransform, TrainingImages, load_image_datasets
 from hf_vqgan.training import VQGANTrainingConfig, train
 
@@ -179,4 +180,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with errors_in_one_line():
+        main()

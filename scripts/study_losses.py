@@ -10,22 +10,19 @@ Every run is a folder of its own in output_dir (an interrupted study goes on whe
 study.json, study.md and pictures. Results and what they mean: docs/latent_space.md.
 """
 
-import sys
 from pathlib import Path
 
 import datasets
 
-from hf_vqgan.arguments import RecipeParser
+from hf_vqgan.arguments import RecipeParser, errors_in_one_line
 from hf_vqgan.loss_study import LossStudyConfig, run_study
 
 
 def main() -> None:
     datasets.disable_progress_bars()
-    try:
+    with errors_in_one_line():
         config, _ = RecipeParser((LossStudyConfig,)).parse()
         study = run_study(config)
-    except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
-        sys.exit(f"{Path(__file__).name}: error: {error}")
     print((Path(study["settings"]["output_dir"]) / "study.md").read_text())
 
 

@@ -10,23 +10,16 @@ The dataset holds images, or what encode_dataset.py made of them. Values come fr
 hf_vqgan/latent_diffusion.py, overridden by a recipe (--config), overridden by flags. The same command again resumes.
 """
 
-import sys
-from pathlib import Path
-
-import datasets
-
-from hf_vqgan.arguments import RecipeParser
+from hf_vqgan.arguments import RecipeParser, errors_in_one_line
 from hf_vqgan.latent_diffusion import LatentDiffusionConfig, train_latent_diffusion
 
 
 def main() -> None:
     parser = RecipeParser((LatentDiffusionConfig,))
     parser.add_argument("--dry_run", action="store_true", help="Check everything, print the plan, train nothing.")
-    try:
+    with errors_in_one_line():
         config, flags = parser.parse()
         train_latent_diffusion(config, dry_run=flags.dry_run)
-    except (ValueError, OSError, FloatingPointError, datasets.exceptions.DatasetsError) as error:
-        sys.exit(f"{Path(__file__).name}: error: {error}")
 
 
 if __name__ == "__main__":

@@ -10,14 +10,12 @@ Train a VQ-GAN with Accelerate.
 Values come from the dataclasses in hf_vqgan/, overridden by the recipe, overridden by flags. `--help` lists them all.
 """
 
-import sys
 from pathlib import Path
 
-import datasets
-
 from hf_vqgan import VQGANConfig
-from hf_vqgan.arguments import ModelArguments, RecipeParser, given
-from hf_vqgan.training import PREEMPTED_EXIT_CODE, CodebookCollapse, Preempted, VQGANTrainingConfig, train
+from hf_vqgan.arguments import ModelArguments, RecipeParser, errors_in_one_line, given
+from hf_vqgan.sources import check_source
+from hf_vqgan.training import VQGANTrainingConfig, train
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -25,19 +23,15 @@ RECIPES = Path(__file__).parent / "recipes"
 def main() -> None:
     parser = RecipeParser((VQGANTrainingConfig, ModelArguments), default_recipe=RECIPES / "quickstart.yaml")
     parser.add_argument("--dry_run", action="store_true", help="Check everything, print the plan, train nothing.")
-    try:
+    with errors_in_one_line():
         config, model, flags = parser.parse()
         fields = {"sample_size": config.resolution} | given(model)
         if config.init_from is None:
             model_config = VQGANConfig(**fields)
         else:
+            check_source(config.init_from)
             model_config = VQGANConfig.from_pretrained(config.init_from, **fields)
         train(config, model_config, dry_run=flags.dry_run)
-    except Preempted as error:
-        print(f"{Path(__file__).name}: {error} The same command goes on from there.", file=sys.stderr)
-        sys.exit(PREEMPTED_EXIT_CODE)
-    except (ValueError, OSError, FloatingPointError, CodebookCollapse, datasets.exceptions.DatasetsError) as error:
-        sys.exit(f"{Path(__file__).name}: error: {error}")
 
 
 if __name__ == "__main__":

@@ -871,6 +871,7 @@ def test_hub(tmp_path, monkeypatch):
         return str(tmp_path / name)
 
     files = ["README.md", "gpt.safetensors", "vq/vq_ds4.pt", "vq/vq_ds4.json"]
+    monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", lambda *_, **__: None)
     monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", lambda self, repo: files)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     for path in ("owner/name/vq/vq_ds4.pt", "owner/name/vq"):

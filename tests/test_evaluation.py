@@ -95,6 +95,20 @@ def random_inception(tmp_path_factory):
     return file
 
 
+@pytest.mark.parametrize("folder, split, warned", [("", None, True), ("", "train", False), ("test", None, False)])
+def test_images_that_models_may_have_been_trained_on(tiny_model, tmp_path, caplog, folder, split, warned):
+    """The only split is taken where there is no other, which is said at once and in the report."""
+    (tmp_path / "images" / folder).mkdir(parents=True)
+    photo(0, (32, 32)).save(tmp_path / "images" / folder / "0.png")
+    tiny_model.save_pretrained(tmp_path / "model")
+    config = EvaluationConfig(**QUICK, split=split, output_dir=str(tmp_path / "out"))
+    result = evaluate([str(tmp_path / "model")], str(tmp_path / "images"), config)
+    note = "these are images of 'train', its only split"
+    assert [note in record.message for record in caplog.records] == [True] * warned
+    assert (note in str(result["protocol"]["split_note"])) == warned
+    assert (note in (tmp_path / "out" / "evaluation.md").read_text().split("## Protocol")[0]) == warned
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning")  # torchvision's, about how lpips builds its networks
 def test_figures_are_those_of_the_reference_libraries(
     tiny_model, tmp_path, random_trunk, random_inception, monkeypatch

@@ -15,12 +15,13 @@ RECIPES = sorted((Path(__file__).parent.parent / "scripts" / "recipes").glob("*.
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda file: file.stem)
 def test_dry_run(recipe, image_folder, random_trunk, backbone, tmp_path, capsys):
     replaced = {"dataset_name": image_folder, "output_dir": tmp_path / "run", "disc_backbone": backbone,
-                "mixed_precision": "no", "cpu_threads": 2}  # fmt: skip
+                "mixed_precision": "no", "cpu_threads": 2, "resolution": 64, "train_batch_size": 2}  # fmt: skip
     flags = [text for name, value in replaced.items() for text in (f"--{name}", str(value))]
     config, model, _ = RecipeParser((VQGANTrainingConfig, ModelArguments)).parse(["--config", str(recipe), *flags])
     trunk = random_trunk / f"{config.perceptual_net}.safetensors"
     config = dataclasses.replace(config, perceptual_weights_path=str(trunk), validation_net=config.perceptual_net)
     train(config, VQGANConfig(sample_size=config.resolution, **given(model)), dry_run=True)
     plan = capsys.readouterr().out
+    assert plan.splitlines()[-1].startswith("OK: ")
     assert f"f{VQGANConfig(**given(model)).downsample_factor}," in plan
     assert not (tmp_path / "run").exists()

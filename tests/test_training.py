@@ -5,11 +5,13 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import resource
 import signal
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from accelerate import DistributedType
@@ -19,12 +21,15 @@ from safetensors.torch import load_file
 
 import hf_vqgan
 from hf_vqgan import QUANTIZERS, VQGANConfig, VQGANModel
+from hf_vqgan.arguments import ModelArguments, RecipeParser, given
 from hf_vqgan.configuration_vqgan import model_fields
-from hf_vqgan.data import ImageTransform, TrainingImages, load_image_datasets
+from hf_vqgan.data import ImageTransform, TrainingImages, load_image_datasets, notices
+from hf_vqgan.evaluation import EvaluationConfig, evaluate
 from hf_vqgan.metrics import CodebookHealth, DiscriminatorHealth
 from hf_vqgan.training import (
     CodebookCollapse,
     Preempted,
+    PreemptionNotice,
     VQGANTrainingConfig,
     build_accelerator,
     build_state,
@@ -179,22 +184,53 @@ def assert_same_weights(folder: Path, other: Path):
     assert all(torch.equal(ours[name], theirs[name]) for name in ours | theirs)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_notice_of_preemption_saves_and_stops(image_folder, random_trunk, tmp_path, tiny, number):
+@pytest.mark.parametrize(
+    "number, workers, code", [(signal.SIGTERM, 0, 75), (signal.SIGUSR1, 0, 75), (signal.SIGINT, 1, 130)]
+)
+def test_notice_of_preemption_saves_and_stops(image_folder, random_trunk, tmp_path, tiny, number, workers, code):
+    """Ctrl-C is one, too; a terminal sends it to the workers as well."""
     config = run_config(image_folder, random_trunk, tmp_path / "whole", checkpointing_steps=100, use_ema=True)
     train(config, tiny)
     stopped = dataclasses.replace(config, output_dir=str(tmp_path / "stopped"))
     before = signal.getsignal(number)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            "hf_vqgan.training.count_bad_images", lambda state, *_: state.step == 3 and os.kill(os.getpid(), number)
-        )
-        with pytest.raises(Preempted, match=f"stopped by {signal.Signals(number).name}: saved step 3"):
-            train(stopped, tiny)
+        patch.setattr("hf_vqgan.training.count_bad_images", signal_at(3, number))
+        with pytest.raises(Preempted, match=f"stopped by {signal.Signals(number).name}: saved step 3") as stop:
+            train(dataclasses.replace(stopped, dataloader_num_workers=workers), tiny)
+    assert stop.value.exit_code == code and multiprocessing.active_children() == []
     assert signal.getsignal(number) == before
     assert [path.name for path in (tmp_path / "stopped").glob("checkpoint-*")] == ["checkpoint-3"]
     train(stopped, tiny)
     assert_same_weights(tmp_path / "whole", tmp_path / "stopped")
+
+
+def signal_at(step, number, times=1):
+    """In the place of `count_bad_images`: the signal to this process and its workers after that step."""
+
+    def send(state, *_):
+        if state.step == step:
+            for process in [os.getpid(), *(child.pid for child in multiprocessing.active_children())] * times:
+                os.kill(process, number)
+
+    return send
+
+
+def test_second_ctrl_c_stops_at_once(image_folder, random_trunk, tmp_path, tiny, monkeypatch):
+    """But not the same one, which a launcher may pass on once more."""
+    monkeypatch.setattr("hf_vqgan.training.count_bad_images", signal_at(3, signal.SIGINT, times=2))
+    config = run_config(image_folder, random_trunk, tmp_path / "run", checkpointing_steps=100)
+    with pytest.raises(Preempted):
+        train(dataclasses.replace(config, output_dir=str(tmp_path / "same")), tiny)
+    monkeypatch.setattr(PreemptionNotice, "SAME_KEY", -1.0)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, tiny)
+    assert not list((tmp_path / "run").glob("*checkpoint-*"))
+
+
+def test_systems_without_some_signals(monkeypatch):
+    assert notices() == [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT]
+    monkeypatch.delattr(signal, "SIGUSR1")  # as on Windows
+    assert notices() == [signal.SIGTERM, signal.SIGINT]
 
 
 def test_damaged_checkpoints_are_passed_over(image_folder, random_trunk, tmp_path, tiny, caplog):
@@ -413,26 +449,203 @@ def test_fine_tuning_starts_from_the_given_model(image_folder, random_trunk, tmp
     assert all(torch.equal(tuned[name], tensor) for name, tensor in tiny_model.state_dict().items())
 
 
-def test_dry_run_writes_nothing(image_folder, random_trunk, tmp_path, tiny, capsys):
-    assert train(run_config(image_folder, random_trunk, tmp_path / "run"), tiny, dry_run=True) == {}
+def test_dry_run_trains_everything_and_leaves_nothing(image_folder, random_trunk, tmp_path, tiny, capsys, monkeypatch):
+    """Discriminator and quantizer too, which start later."""
+    seen = []
+
+    def watched_step(state, micro_batches):
+        before = [[p.detach().clone() for p in network.parameters()] for network in (state.model, state.discriminator)]
+        output = hf_vqgan.training_step.training_step(state, micro_batches)
+        after = (state.model.parameters(), state.discriminator.parameters())
+        moved = [
+            any(not torch.equal(a, b) for a, b in zip(*pair, strict=True)) for pair in zip(before, after, strict=True)
+        ]
+        seen.append((state.quantizing, *moved))
+        return output
+
+    monkeypatch.setattr("hf_vqgan.training.training_step", watched_step)
+    config = run_config(image_folder, random_trunk, tmp_path / "run", quantize_start=4, disc_start=5)
+    before = sorted(tmp_path.rglob("*"))
+    assert train(config, tiny, dry_run=True) == {}
     plan = capsys.readouterr().out
     assert "12 training images, 2 for validation" in plan and "16x16 codes of 16" in plan
+    assert seen == [(True, True, True)] * 3
+    assert re.match(r"OK: .* 6 steps of \S+ s take about \d+ (seconds|minutes)", plan.splitlines()[-1])
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_dry_run_in_fp16_passes_over_the_steps_that_find_the_scale(
+    image_folder, random_trunk, tmp_path, tiny, monkeypatch
+):
+    """Which is what makes them not finite; in float32, the same is an error."""
+
+    def overflow(state, micro_batches):
+        output = hf_vqgan.training_step.training_step(state, micro_batches)
+        return dataclasses.replace(output, nonfinite=("grad_norm",))
+
+    monkeypatch.setattr("hf_vqgan.training.training_step", overflow)
+    config = run_config(image_folder, random_trunk, tmp_path / "run")
+    with pytest.raises(FloatingPointError, match="not finite in a first step: grad_norm"):
+        train(config, tiny, dry_run=True)
+    accelerator = build_accelerator(config)
+    perceptual, metric = hf_vqgan.training.load_lpips(config, accelerator)
+    state = build_state(config, tiny, accelerator, perceptual)
+    accelerator.scaler = torch.amp.GradScaler("cpu")
+    dataset, validation = hf_vqgan.training.load_images(config, tiny, accelerator)
+    assert hf_vqgan.training.rehearse(state, dataset, validation, metric).startswith("OK: ")
+
+
+def test_dry_run_tries_whether_the_folder_can_be_written_to(image_folder, random_trunk, tmp_path, tiny):
+    (tmp_path / "file").write_text("")
+    config = run_config(image_folder, random_trunk, tmp_path / "file" / "run")
+    with pytest.raises(OSError, match="output_dir='.*file/run' cannot be written to: .*file: Not a directory"):
+        train(config, tiny, dry_run=True)
+
+
+@pytest.mark.parametrize(
+    "fields, training, validation",
+    [
+        ({}, "shorter side to 40 pixels, 1 random 32x32 crop", "the central 32x32; .* same with --resize 40"),
+        (
+            {"resize": None, "center_crop": True},
+            "to 32 pixels, 1 central 32x32 crop",
+            "to 32 pixels, the central 32x32$",
+        ),
+        (
+            {"resize": 0, "crops_per_image": 3},
+            "at their own size, 3 random",
+            "at their own size, the central.*--resize 0",
+        ),
+        ({"validate_whole_images": True}, "to 40 pixels", "shorter side to 40 pixels, whole images$"),
+    ],
+)
+def test_the_plan_says_how_images_are_cut(
+    image_folder, random_trunk, tmp_path, tiny, capsys, fields, training, validation
+):
+    train(run_config(image_folder, random_trunk, tmp_path / "run", **fields), tiny, dry_run=True)
+    lines = dict(line.split(": ", 1) for line in capsys.readouterr().out.splitlines() if ": " in line)
+    assert re.search(training, lines["     crops"]) and re.search(validation, lines["validation"])
+
+
+def test_settings_that_the_run_is_too_short_for_are_named_once(
+    image_folder, random_trunk, tmp_path, tiny, capsys, caplog
+):
+    config = run_config(image_folder, random_trunk, tmp_path / "run", disc_start=6, lr_warmup_steps=24,
+                        lr_scheduler="cosine", dead_code_restart_steps=10)  # fmt: skip
+    train(config, tiny)
+    expected = (
+        "disc_start=6: no discriminator, no adversarial loss; lr_warmup_steps=24: learning_rate ends at 25%; "
+        "dead_code_restart_steps=10: no code is unused for so long"
+    )
+    assert f"no effect: {expected}\n" in capsys.readouterr().out
+    messages = [record.message for record in caplog.records if "no effect" in record.message]
+    assert messages == [f"in 6 steps these settings have no effect, or not all of it: {expected}. Raise "
+                        "--max_train_steps, or lower them."]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "fields, expected",
+    [
+        ({"disc_start": 5, "disc_ramp_steps": 4}, ["disc_ramp_steps=4: the adversarial weight ends at 25% of itself"]),
+        ({"lr_warmup_steps": 2}, ["lr_warmup_steps=2: for --lr_scheduler constant_with_warmup and others"]),
+        ({"stop_on_collapse": True, "codebook_window": 6, "quantize_start": 1},
+         ["stop_on_collapse: codebook_window=6 never fills"]),
+        ({"entropy_anneal_factor": 2.0, "entropy_anneal_steps": 9},
+         ["entropy_anneal_steps=9: the factor does not come down to 1"]),
+        ({"disc_start": 6, "adversarial_weight": 0.0}, []),
+        ({"disc_start": 2, "disc_ramp_steps": 4, "lr_warmup_steps": 6, "lr_scheduler": "linear",
+          "dead_code_restart_steps": 6}, []),
+    ],
+)  # fmt: skip
+def test_what_a_run_is_too_short_for(fields, expected):
+    assert VQGANTrainingConfig(dataset_name="x", max_train_steps=6, **fields).never_reached() == expected
+
+
+def test_a_run_that_never_quantizes_is_refused(image_folder, random_trunk, tmp_path, tiny):
+    """It would end as an autoencoder whose codes nobody has seen: a brown rectangle, and exit code 0."""
+    message = "quantize_start=6 is never reached within max_train_steps={}: .*Lower --quantize_start .*or raise"
+    with pytest.raises(ValueError, match=message.format(6)):
+        run_config(image_folder, random_trunk, tmp_path / "run", quantize_start=6)
+    epochs = run_config(image_folder, random_trunk, tmp_path / "run", quantize_start=6, max_train_steps=None)
+    with pytest.raises(ValueError, match=message.format(3)):  # one epoch of 12 images
+        train(epochs, tiny)
     assert not (tmp_path / "run").exists()
+
+
+def test_no_code_is_counted_before_there_are_any(image_folder, random_trunk, tmp_path, tiny, monkeypatch):
+    phases, describe = [], hf_vqgan.training.tqdm.set_description
+    monkeypatch.setattr(
+        hf_vqgan.training.tqdm,
+        "set_description",
+        lambda bar, text, **kw: (phases.append(text), describe(bar, text, **kw)),
+    )
+    train(run_config(image_folder, random_trunk, tmp_path / "run", quantize_start=4), tiny)
+    rows = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    of_codes = {"perplexity", "usage", "dead_codes", "top_code_share", "restarted_codes"}
+    counted = {row["step"]: of_codes & row.keys() for row in rows if "l1" in row}
+    assert counted == {step: of_codes if step > 4 else set() for step in range(1, 7)}
+    assert phases == ["autoencoder until step 4"] * 4 + ["train"] * 2
+
+
+def test_training_and_evaluation_measure_the_same(image_folder, random_trunk, tmp_path):
+    """On images of one's own with the quickstart's recipe, whose crops were made for other images."""
+    trunk = str(random_trunk / "alex.safetensors")
+    flags = dict(
+        dataset_name=image_folder,
+        output_dir=tmp_path / "run",
+        perceptual_weights_path=trunk,
+        quantize_start=1,
+        max_train_steps=3,
+        train_batch_size=4,
+        cpu_threads=1,
+        dataloader_num_workers=0,
+    )
+    recipe = Path(__file__).parent.parent / "scripts" / "recipes" / "quickstart.yaml"
+    parser = RecipeParser((VQGANTrainingConfig, ModelArguments), default_recipe=recipe)
+    config, model, *_ = parser.parse([f"--{name}={value}" for name, value in flags.items()])
+    metrics = train(config, VQGANConfig(sample_size=config.resolution, **given(model)))
+    config = EvaluationConfig(
+        output_dir=str(tmp_path / "out"),
+        lpips=["alex"],
+        alex_weights_path=trunk,
+        inception=False,
+        anchors=["none"],
+        cpu_threads=1,
+    )
+    found = evaluate([str(tmp_path / "run")], str(image_folder), config)
+    assert found["protocol"]["split"] == "validation" and found["num_images"] == metrics["num_images"] == 2
+    for name in ("psnr", "ssim", "lpips", "l1"):
+        assert found[name] == pytest.approx(metrics[name], rel=1e-5)
 
 
 @pytest.mark.parametrize(
     "fields, error, message",
     [
         ({"resolution": 33}, ValueError, "resolution=33 is not a multiple of 2"),
+        ({"init_from": "runs/mine/typo"}, FileNotFoundError, "model 'runs/mine/typo': no such file or folder here"),
         ({"resolution": 16}, ValueError, "resolution=16 is too small for LPIPS with validation_net='alex'.*31 pixels"),
         ({"resume_from_checkpoint": "gone"}, FileNotFoundError, "--resume_from_checkpoint gone: no such folder"),
         ({"image_column": "label"}, ValueError, "'label' is not an image column"),
+        ({"torch_compile": True, "torch_compile_backend": "typo"}, ValueError, "torch_compile_backend='typo' must be"),
     ],
 )
 def test_bad_settings_write_nothing(image_folder, random_trunk, tmp_path, tiny, fields, error, message):
     with pytest.raises(error, match=message):
         train(run_config(image_folder, random_trunk, tmp_path / "run", **fields), tiny)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"encoder_only": True}, "encoder_only=True: a model without a decoder"),
+        ({"out_channels": 1}, "out_channels=1: training images are RGB, so it must be 3"),
+        ({"in_channels": 4}, "in_channels=4: training images are RGB, so it must be 3"),
+    ],
+)
+def test_models_that_cannot_be_trained_are_refused_at_once(tmp_path, fields, message):
+    with pytest.raises(ValueError, match=message):
+        train(VQGANTrainingConfig(dataset_name="nowhere/to_be_found"), VQGANConfig(**TINY | fields))
 
 
 def test_too_many_unreadable_images_stop_the_run(image_folder, random_trunk, tmp_path, tiny):
@@ -459,7 +672,26 @@ def test_every_field_of_the_configuration_is_read():
     "fields, message",
     [
         ({"train_batch_size": 0}, "train_batch_size=0 must be at least 1"),
-        ({"l1_weight": -1.0}, "l1_weight=-1.0 must not be negative"),
+        ({"l1_weight": -1.0}, "l1_weight=-1.0 must be at least 0"),
+        ({"max_train_samples": 0}, "max_train_samples=0 must be at least 1"),
+        ({"max_validation_samples": -1}, "max_validation_samples=-1 must be at least 1"),
+        ({"validation_pictures": 0}, "validation_pictures=0 must be at least 1"),
+        ({"seed": -1}, r"seed=-1 must be in \[0, 4294967295\]"),
+        ({"adam_beta1": 1.0}, r"adam_beta1=1.0 must be in \[0, 1\)"),
+        ({"learning_rate": float("nan")}, "learning_rate=nan must be a finite number"),
+        ({"max_grad_norm": float("inf")}, "max_grad_norm=inf must be a finite number"),
+        ({"l2_weight": 10**400}, "l2_weight=1000.* must be a finite number"),
+        ({"learning_rate": "abc"}, "learning_rate='abc' must be a finite number"),
+        ({"max_train_steps": 1.5}, "max_train_steps=1.5 must be an integer, or null"),
+        ({"train_batch_size": True}, "train_batch_size=True must be an integer"),
+        ({"random_flip": 1}, "random_flip=1 must be true or false"),
+        ({"train_files": "a.png"}, "train_files='a.png' must be a list, and in it a string each"),
+        ({"dataset_weights": [1, "x"]}, r"dataset_weights=\[1, 'x'\] must be a list, and in it a finite number each"),
+        ({"dataset_weights": [1, 0], "extra_datasets": ["y"]}, r"dataset_weights=\[1, 0\] must be above 0"),
+        ({"output_dir": ""}, "output_dir is empty"),
+        ({"lr_scheduler": "warp"}, "lr_scheduler='warp' must be one of linear, cosine"),
+        ({"report_to": "paper"}, "report_to='paper' must be one of all, "),
+        ({"equivariance_share": 0.5, "equivariance_transforms": []}, "equivariance_transforms is empty"),
         ({"adversarial_loss": "wasserstein"}, "adversarial_loss='wasserstein' must be one of"),
         ({"l1_weight": 0.0, "perceptual_weight": 0.0}, "are all 0"),
         ({"dataset_name": ""}, "dataset_name is empty"),
@@ -472,3 +704,11 @@ def test_every_field_of_the_configuration_is_read():
 def test_impossible_values_are_named(fields, message):
     with pytest.raises(ValueError, match=message):
         VQGANTrainingConfig(**{"dataset_name": "x"} | fields)
+
+
+def test_what_says_the_same_in_another_type_is_converted():
+    config = VQGANTrainingConfig(
+        dataset_name="x", output_dir=Path("runs/mine"), learning_rate=1, train_files=("a", "b"), seed=np.int64(7)
+    )
+    found = (config.output_dir, config.learning_rate, config.train_files, config.seed)
+    assert found == ("runs/mine", 1.0, ["a", "b"], 7) and [type(item) for item in found] == [str, float, list, int]

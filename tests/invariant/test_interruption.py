@@ -9,6 +9,9 @@ import multiprocessing
 import os
 import random
 import signal
+import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -18,6 +21,7 @@ from conftest import TINY
 from safetensors.torch import load_file
 
 from hf_vqgan import VQGANConfig
+from hf_vqgan.run_folder import find_damage
 from hf_vqgan.training import VQGANTrainingConfig, train
 
 RUN = dict(
@@ -153,3 +157,39 @@ def test_killed_run_ends_as_the_uninterrupted_one(server, image_folder, random_t
     assert all(torch.equal(ours[name], theirs[name]) for name in ours | theirs)
     assert log_without_clock(whole) == log_without_clock(killed)
     assert {path.name for path in killed.iterdir()} == {path.name for path in whole.iterdir()}  # no leftovers
+
+
+def test_ctrl_c_in_a_terminal_with_two_processes(image_folder, random_trunk, tmp_path):
+    """A terminal sends it to all that it has started, and the launcher passes it on: one is saved, once."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    fields = RUN | TINY | {
+        "dataset_name": image_folder,
+        "output_dir": tmp_path / "run",
+        "perceptual_weights_path": random_trunk / "alex.safetensors",
+        "max_train_steps": 1000,
+        "checkpointing_steps": 1000,
+        "dataloader_num_workers": 1,
+        "config": "none",
+    }  # fmt: skip
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)]
+    command += [str(Path(__file__).parent.parent.parent / "scripts" / "train_vqgan.py")]
+    for name, value in fields.items():
+        command += [f"--{name}", *(map(str, value) if isinstance(value, (list, tuple)) else [str(value)])]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    with open(tmp_path / "log", "w+") as log:
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+        while process.poll() is None and not (tmp_path / "run" / "log.jsonl").is_file():
+            time.sleep(0.1)
+        while process.poll() is None and len((tmp_path / "run" / "log.jsonl").read_text().splitlines()) < 2:
+            time.sleep(0.1)
+        os.killpg(process.pid, signal.SIGINT)
+        process.wait(timeout=120)
+        log.seek(0)
+        printed = log.read()
+    (checkpoint,) = (tmp_path / "run").glob("*checkpoint-*")
+    step = newest(tmp_path / "run")
+    assert step >= 2 and find_damage(checkpoint) is None
+    assert printed.count("Ctrl-C: saving after this step") == 1
+    assert f"saved step {step}. The same command goes on from there." in printed
