@@ -548,8 +548,9 @@ def test_averages_keep_their_schedule(tmp_path):
 def test_damaged_settings_give_one_error(tmp_path, content):
     config = made_run(tmp_path / "run", 3)
     (tmp_path / "run" / "training_config.yaml").write_bytes(content)
-    with pytest.raises(ValueError, match=r"training_config.yaml is damaged: .*--resume_from_checkpoint latest"):
-        open_folder(config)
+    for overwrite in (False, True):  # which must not delete what may be this very run
+        with pytest.raises(ValueError, match=r"training_config.yaml is damaged: .*--resume_from_checkpoint latest"):
+            open_folder(dataclasses.replace(config, overwrite_output_dir=overwrite))
     asked = dataclasses.replace(config, resume_from_checkpoint="latest")
     assert open_folder(asked) == tmp_path / "run" / "checkpoint-3"
     assert open_folder(config) == tmp_path / "run" / "checkpoint-3"  # written anew

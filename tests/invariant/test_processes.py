@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -97,6 +98,35 @@ def test_two_processes_equal_one(image_folder, random_trunk, tmp_path, float64, 
     weights = [load_file(run / "model.safetensors") for run in (one, two)]
     for name in weights[0]:
         torch.testing.assert_close(weights[1][name], weights[0][name], rtol=1e-6, atol=1e-8)
+
+
+def test_two_processes_resume_to_the_bit(image_folder, random_trunk, tmp_path):
+    """Each with its own random numbers, from which the codes of this quantizer are drawn."""
+    training = TINY | {"quantizer": "gumbel"} | dict(
+        dataset_name=image_folder,
+        resolution=32,
+        resize=40,
+        train_batch_size=2,
+        max_train_steps=4,
+        checkpointing_steps=2,
+        perceptual_net="alex",
+        perceptual_weights_path=random_trunk / "alex.safetensors",
+        disc_channels=8,
+        disc_layers=1,
+        use_ema=True,
+        latent_statistics_images=0,
+        cpu_threads=1,
+    )  # fmt: skip
+    launch(training | {"output_dir": tmp_path / "run"}, float64=False)
+    shutil.copytree(tmp_path / "run", tmp_path / "again")
+    shutil.rmtree(tmp_path / "again" / "checkpoint-4")
+    launch(training | {"output_dir": tmp_path / "again"}, float64=False)
+    whole, again = (tmp_path / name / "checkpoint-4" for name in ("run", "again"))
+    for file in whole.glob("*.safetensors"):
+        ours, theirs = load_file(file), load_file(again / file.name)
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours | theirs), file.name
+    random_states = load_file(whole / "random.safetensors")
+    assert not torch.equal(random_states["0.torch"], random_states["1.torch"])
 
 
 def test_evaluation_by_two_processes_equals_one(tiny_model, image_folder, random_trunk, tmp_path):
