@@ -14,7 +14,7 @@ import stat
 from collections.abc import Callable
 from dataclasses import MISSING, Field, asdict, fields
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import numpy as np
 import yaml
@@ -61,6 +61,9 @@ WRITTEN = (
 )  # fmt: skip
 
 
+Self = TypeVar("Self", bound="RunFolder")  # typing's own comes with Python 3.11
+
+
 class RunSettings(Protocol):
     """What a run's folder asks of the dataclass with the run's settings, whose fields are made by `option`."""
 
@@ -97,7 +100,7 @@ class RunFolder:
             self.defaults |= {name: getattr(VQGANConfig(), name) for name in model_fields()}
         self.lock = FileLock(self.folder / LOCK_FILE, timeout=LOCK_PATIENCE, fallback_to_soft=False)
 
-    def __enter__(self) -> "RunFolder":
+    def __enter__(self: Self) -> Self:
         return self
 
     def __exit__(self, *exception) -> None:
