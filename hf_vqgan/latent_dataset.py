@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from .configuration_training import check_values, option
 from .data import ImageTransform, UnreadableImage, decode_image, find_image_column, load_splits, to_pixel_values
 from .modeling_vqgan import VQGANModel
-from .run_folder import write_text
+from .run_folder import read_mapping, write_text
 from .sources import check_source
 from .training import share_cpu_threads
 
@@ -164,7 +164,7 @@ def _settings(
 def _claim(out: Path, settings: dict) -> None:
     file = out / SETTINGS_FILE
     if file.is_file():
-        there = json.loads(file.read_text())
+        there = read_mapping(file)
         differing = [name for name in settings.keys() | there.keys() if settings.get(name) != there.get(name)]
         if differing:
             raise FileExistsError(

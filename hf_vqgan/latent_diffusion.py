@@ -449,7 +449,7 @@ def run_steps(state: DiffusionState, samples: LatentSamples, run: PipelineRunFol
     """From the current step to the last one, with everything that happens between steps."""
     config, accelerator = state.config, state.accelerator
     if config.report_to:
-        accelerator.init_trackers("vqgan_latent_diffusion", config={k: str(v) for k, v in run.identity.items()})
+        accelerator.init_trackers("vqgan_latent_diffusion", config={k: str(v) for k, v in run.settings.items()})
     if samples.fixed and cache_size(state, samples) <= config.latent_cache_gb:
         samples = encode_samples(
             samples, state.vqgan, accelerator, config.train_batch_size, config.dataloader_num_workers

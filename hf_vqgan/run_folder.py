@@ -14,7 +14,7 @@ import stat
 from collections.abc import Callable
 from dataclasses import MISSING, Field, asdict, fields
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import numpy as np
 import yaml
@@ -61,6 +61,9 @@ WRITTEN = (
 )  # fmt: skip
 
 
+Self = TypeVar("Self", bound="RunFolder")  # typing's own comes with Python 3.11
+
+
 class RunSettings(Protocol):
     """What a run's folder asks of the dataclass with the run's settings, whose fields are made by `option`."""
 
@@ -97,7 +100,7 @@ class RunFolder:
             self.defaults |= {name: getattr(VQGANConfig(), name) for name in model_fields()}
         self.lock = FileLock(self.folder / LOCK_FILE, timeout=LOCK_PATIENCE, fallback_to_soft=False)
 
-    def __enter__(self) -> "RunFolder":
+    def __enter__(self: Self) -> Self:
         return self
 
     def __exit__(self, *exception) -> None:
@@ -122,7 +125,7 @@ class RunFolder:
         return self._on_main(self._claim)
 
     def _claim(self) -> Path | None:
-        asked, overwrite = self.config.resume_from_checkpoint, self.config.overwrite_output_dir
+        asked = self.config.resume_from_checkpoint
         given = None if asked in (None, "latest") else Path(asked)
         if given is not None:
             _check_checkpoint(given)
@@ -131,10 +134,10 @@ class RunFolder:
         if (self.folder / REPLACED).is_dir():  # a process that was killed meanwhile has left the rest to us
             self._delete_run()
         goes_on = asked == "latest" or (given is not None and given.resolve().parent == self.folder.resolve())
-        differing = self._find_differing(forgiving=goes_on or overwrite)
+        differing = self._find_differing(forgiving=goes_on)
         if differing and goes_on:
             print(f"Going on with the run in {self.folder} in spite of other settings: {', '.join(differing)}.")
-        elif differing and overwrite:
+        elif differing and self.config.overwrite_output_dir:
             self._delete_run()
         elif differing:
             raise FileExistsError(
@@ -204,7 +207,7 @@ class RunFolder:
                 return [CONFIG_FILE]
             raise ValueError(
                 f"{error} If {self.folder} holds the run of this command, go on with it by --resume_from_checkpoint "
-                "latest; else choose another --output_dir."
+                "latest; else choose another --output_dir, or delete that folder yourself."
             ) from error
         here = yaml.safe_load(self._settings_yaml())
         return sorted(
@@ -513,7 +516,10 @@ def sha256(path: Path) -> str:
 
 
 def write_text(file: Path, text: str) -> None:
-    """Write a file so that it is there whole or not at all."""
+    """Write a file so that it is there whole or not at all, after a power failure as well."""
     temporary = file.with_name(f".{file.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
+    with open(temporary, "w", encoding="utf-8") as opened:
+        opened.write(text)
+        opened.flush()
+        os.fsync(opened.fileno())
     temporary.replace(file)

@@ -371,6 +371,22 @@ def test_what_is_encoded_once(tmp_path, vqgan, labelled, trained_model, capsys):
         assert reason in capsys.readouterr().out
 
 
+def test_latest_starts_a_run_and_trackers_get_its_settings(tmp_path, vqgan, encoded, capsys):
+    pytest.importorskip("tensorboard")
+    fields = dict(
+        resume_from_checkpoint="latest", report_to="tensorboard", hub_token="hf_very_secret", max_train_steps=1
+    )
+    config = diffusion(vqgan, encoded, tmp_path / "run", **fields)
+    train_latent_diffusion(config)
+    assert "no checkpoint in" in capsys.readouterr().out
+    assert "hf_very_secret" not in repr(config)
+    files = [path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    assert any(b"learning_rate" in content for content in files)
+    assert not any(b"hf_very_secret" in content for content in files)
+    train_latent_diffusion(dataclasses.replace(config, logging_steps=7, sample_steps=3))
+    assert "already complete (1 steps)" in capsys.readouterr().out
+
+
 def test_resumed_run_ends_in_the_same_weights(tmp_path, vqgan, encoded, monkeypatch):
     whole, stopped = (diffusion(vqgan, encoded, tmp_path / name) for name in ("whole", "stopped"))
     train_latent_diffusion(whole)

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import pickle
+import random
 import shutil
 import signal
 import socket
@@ -11,7 +12,9 @@ import stat
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -529,6 +532,24 @@ def test_states_that_do_not_fit_are_named(image_folder, random_trunk, tmp_path, 
         restore_states(parts_of(config, tiny)[0], states, accelerator)
 
 
+def test_random_states_of_the_device_come_back(tmp_path, monkeypatch):
+    """Every process has one device, whose generator is its own; CPU runs have none."""
+    states = [torch.arange(16, dtype=torch.uint8)]
+    device = SimpleNamespace(get_rng_state=lambda: states[-1], set_rng_state=states.append)
+    monkeypatch.setattr(torch, "get_device_module", lambda _: device)
+    on_cpu = SimpleNamespace(process_index=0, device=torch.device("cpu"))
+    on_device = SimpleNamespace(process_index=0, device=torch.device("cuda"))
+    write_states(tmp_path, collect_states({}, on_device))
+    drawn = [random.random(), np.random.rand(), torch.rand(1).item()]
+    for accelerator, count in ((on_device, 2), (on_cpu, 2)):
+        restore_states({}, read_states(tmp_path), accelerator)
+        assert len(states) == count and torch.equal(states[-1], states[0])
+        assert [random.random(), np.random.rand(), torch.rand(1).item()] == drawn
+    write_states(tmp_path, collect_states({}, on_cpu))
+    restore_states({}, read_states(tmp_path), on_device)
+    assert len(states) == 2
+
+
 def test_averages_keep_their_schedule(tmp_path):
     layer = torch.nn.Linear(2, 2)
     ema = EMAModel(layer.parameters(), decay=0.5, use_ema_warmup=True)
@@ -548,8 +569,9 @@ def test_averages_keep_their_schedule(tmp_path):
 def test_damaged_settings_give_one_error(tmp_path, content):
     config = made_run(tmp_path / "run", 3)
     (tmp_path / "run" / "training_config.yaml").write_bytes(content)
-    with pytest.raises(ValueError, match=r"training_config.yaml is damaged: .*--resume_from_checkpoint latest"):
-        open_folder(config)
+    for overwrite in (False, True):  # which must not delete what may be this very run
+        with pytest.raises(ValueError, match=r"training_config.yaml is damaged: .*--resume_from_checkpoint latest"):
+            open_folder(dataclasses.replace(config, overwrite_output_dir=overwrite))
     asked = dataclasses.replace(config, resume_from_checkpoint="latest")
     assert open_folder(asked) == tmp_path / "run" / "checkpoint-3"
     assert open_folder(config) == tmp_path / "run" / "checkpoint-3"  # written anew

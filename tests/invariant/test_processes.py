@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -110,6 +111,35 @@ def test_each_network_s_gradients_are_exchanged_once_a_step(image_folder, random
     done = subprocess.run([*command, mixed_precision], env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads(done.stdout.splitlines()[-1]) == {"model": 1, "discriminator": 1}
+
+
+def test_two_processes_resume_to_the_bit(image_folder, random_trunk, tmp_path):
+    """Each with its own random numbers, from which the codes of this quantizer are drawn."""
+    training = TINY | {"quantizer": "gumbel"} | dict(
+        dataset_name=image_folder,
+        resolution=32,
+        resize=40,
+        train_batch_size=2,
+        max_train_steps=4,
+        checkpointing_steps=2,
+        perceptual_net="alex",
+        perceptual_weights_path=random_trunk / "alex.safetensors",
+        disc_channels=8,
+        disc_layers=1,
+        use_ema=True,
+        latent_statistics_images=0,
+        cpu_threads=1,
+    )  # fmt: skip
+    launch(training | {"output_dir": tmp_path / "run"}, float64=False)
+    shutil.copytree(tmp_path / "run", tmp_path / "again")
+    shutil.rmtree(tmp_path / "again" / "checkpoint-4")
+    launch(training | {"output_dir": tmp_path / "again"}, float64=False)
+    whole, again = (tmp_path / name / "checkpoint-4" for name in ("run", "again"))
+    for file in whole.glob("*.safetensors"):
+        ours, theirs = load_file(file), load_file(again / file.name)
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours | theirs), file.name
+    random_states = load_file(whole / "random.safetensors")
+    assert not torch.equal(random_states["0.torch"], random_states["1.torch"])
 
 
 def test_evaluation_by_two_processes_equals_one(tiny_model, image_folder, random_trunk, tmp_path):
