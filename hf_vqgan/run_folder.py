@@ -269,7 +269,7 @@ def sha256(path: Path) -> str:
 
 
 def write_text(file: Path, text: str) -> None:
-    """Write a file so that it is there whole or not at all."""
+    """Write a file, in UTF-8 on every system, so that it is there whole or not at all."""
     temporary = file.with_name(f".{file.name}.tmp")
-    temporary.write_text(text)
+    temporary.write_text(text, encoding="utf-8")
     temporary.replace(file)

@@ -30,7 +30,7 @@ def main() -> None:
         evaluate(names.models, names.dataset, config)
     except (ValueError, OSError, HfHubHTTPError, datasets.exceptions.DatasetsError) as error:
         sys.exit(f"{Path(__file__).name}: error: {error}")
-    print((Path(config.output_dir) / "evaluation.md").read_text().split("\n## Protocol")[0])
+    print((Path(config.output_dir) / "evaluation.md").read_text(encoding="utf-8").split("\n## Protocol")[0])
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ def main() -> None:
         study = run_study(config)
     except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
         sys.exit(f"{Path(__file__).name}: error: {error}")
-    print((Path(study["settings"]["output_dir"]) / "study.md").read_text())
+    print((Path(study["settings"]["output_dir"]) / "study.md").read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__":
