@@ -132,7 +132,7 @@ class RecipeParser(HfArgumentParser):
         if not file.is_file():
             self.error(f"--config {file}: no such file.")
         try:
-            recipe = yaml.safe_load(file.read_text()) or {}
+            recipe = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
         except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
             self.error(f"--config {file} is not YAML: {error}")
         if not isinstance(recipe, dict):

@@ -352,7 +352,7 @@ class StreamedImages(torch.utils.data.Dataset):
         raise UnreadableImage(f"{len(candidates)} training images in a row cannot be read, the first of them {first}")
 
 
-def _windows(records: Iterator[dict], batch_size: int) -> Iterator[list[dict]]:
+def _windows(records: Iterator[tuple[str, dict]], batch_size: int) -> Iterator[list[tuple[str, dict]]]:
     """Batches, each with the `SPARES` records that follow it."""
     window = deque(itertools.islice(records, SPARES))
     while True:

@@ -24,7 +24,7 @@ def main() -> None:
     with errors_in_one_line():
         config, names = parser.parse()
         evaluate(names.models, names.dataset, config)
-    print((Path(config.output_dir) / "evaluation.md").read_text().split("\n## Protocol")[0])
+    print((Path(config.output_dir) / "evaluation.md").read_text(encoding="utf-8").split("\n## Protocol")[0])
 
 
 if __name__ == "__main__":

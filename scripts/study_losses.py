@@ -23,7 +23,7 @@ def main() -> None:
     with errors_in_one_line():
         config, _ = RecipeParser((LossStudyConfig,)).parse()
         study = run_study(config)
-    print((Path(study["settings"]["output_dir"]) / "study.md").read_text())
+    print((Path(study["settings"]["output_dir"]) / "study.md").read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__":

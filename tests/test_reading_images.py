@@ -1,6 +1,7 @@
 """What every reader of images owes its user: photographs upright, broken files named once, one line where it ends."""
 
 import dataclasses
+import fcntl
 import io
 import json
 import os
@@ -38,6 +39,7 @@ from hf_vqgan.evaluation import EvaluationConfig, EvaluationImages
 from hf_vqgan.latent_analysis import LatentAnalysisConfig, load_images
 from hf_vqgan.latent_dataset import EncodingConfig, encode_dataset
 from hf_vqgan.latent_samples import LatentSamples
+from hf_vqgan.run_folder import write_manifest, write_text
 from hf_vqgan.streaming_data import StreamedImages, load_image_stream
 from hf_vqgan.training import share_cpu_threads, train
 
@@ -300,6 +302,24 @@ def test_workers_start_where_there_is_no_sigusr1(monkeypatch):
     monkeypatch.delattr(signal, "SIGUSR1")  # Windows
     training = TrainingImages(broken_rows(4, ()), ImageTransform(16))
     assert len(list(load_batches(training, 2, stop=2, num_workers=1))) == 2
+
+
+def test_reports_are_utf8_where_that_is_not_the_default(tmp_path, monkeypatch):
+    def write(path, text, encoding="cp1252"):  # Windows
+        path.write_bytes(text.encode(encoding))
+
+    monkeypatch.setattr(Path, "write_text", write)
+    write_text(tmp_path / "report.md", "64² → 0.25 ± 0.01")
+    assert (tmp_path / "report.md").read_bytes().decode() == "64² → 0.25 ± 0.01"
+
+
+def test_files_are_synced_through_descriptors_that_may_write(tmp_path, monkeypatch):
+    """Windows refuses to sync any other."""
+    access = []
+    monkeypatch.setattr(os, "fsync", lambda file: access.append(fcntl.fcntl(file, fcntl.F_GETFL) & os.O_ACCMODE))
+    (tmp_path / "weights").write_bytes(b"weights")
+    write_manifest(tmp_path)
+    assert access == [os.O_RDWR] and (tmp_path / "weights").read_bytes() == b"weights"
 
 
 def test_what_a_spawned_worker_needs_can_be_sent(tmp_path, monkeypatch):

@@ -54,6 +54,7 @@ OPTIONS = {
 
 @pytest.mark.parametrize("quantizer", ["vq", "vq_ema", "simvq", "residual", "fsq"])
 def test_two_processes_equal_one(image_folder, random_trunk, tmp_path, float64, quantizer):
+    (image_folder / "train" / "05.png").write_bytes(b"broken")
     model = (
         TINY
         | {"quantizer": quantizer, "num_vq_embeddings": 256 if quantizer == "vq_ema" else 64}
@@ -93,8 +94,9 @@ def test_two_processes_equal_one(image_folder, random_trunk, tmp_path, float64, 
         assert theirs == pytest.approx(ours, rel=1e-6, abs=1e-9)
     if quantizer == "vq_ema":
         assert any(row.get("restarted_codes") for row in logs[0])  # or the test would not see restarts
-    factors = [json.loads((run / "metrics.json").read_text())["scaling_factor"] for run in (one, two)]
-    assert factors[1] == pytest.approx(factors[0], rel=1e-6)
+    metrics = [json.loads((run / "metrics.json").read_text()) for run in (one, two)]
+    assert metrics[1]["scaling_factor"] == pytest.approx(metrics[0]["scaling_factor"], rel=1e-6)
+    assert [found["unreadable_images"] for found in metrics] == [1, 1]  # met in several epochs, by both processes
     weights = [load_file(run / "model.safetensors") for run in (one, two)]
     for name in weights[0]:
         torch.testing.assert_close(weights[1][name], weights[0][name], rtol=1e-6, atol=1e-8)
