@@ -23,8 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-MOST_STEPS = 5_000_000  # instructions of a pickle: some 10 s; checkpoints have tens of thousands
+MOST_STEPS = 2_000_000  # instructions of a pickle: some seconds; checkpoints have tens of thousands
 MOST_DIMENSIONS = 16
+LONGEST_NAME = 1000
 
 STORAGE_TYPES = {
     "DoubleStorage": torch.float64,
@@ -95,12 +96,13 @@ class PickleReader:
         storages (`dict`): Storages that tensors refer to, by key.
     """
 
+    # Instructions that put a constant, or what follows them, on the stack
     CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
-    ARGUMENTS = frozenset(
-        {"INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT", "STRING", "BINSTRING"}
-        | {"SHORT_BINSTRING", "UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8"}
-        | {"BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8"}
-    )
+    ARGUMENTS = frozenset((
+        "INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT",
+        "STRING", "BINSTRING", "SHORT_BINSTRING", "UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8",
+        "BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8",
+    ))  # fmt: skip
 
     def __init__(self):
         self.refused: set[str] = set()
@@ -216,8 +218,8 @@ class PickleReader:
             raise ValueError(f"it describes more than {MOST_STEPS} objects")
 
     def _name(self, module: str, attribute: str) -> _Name:
-        if not (isinstance(module, str) and isinstance(attribute, str)):
-            raise ValueError("a name that is no text")
+        if not (isinstance(module, str) and isinstance(attribute, str) and len(module + attribute) <= LONGEST_NAME):
+            raise ValueError("the name of a class or function is none")
         name = f"{module}.{attribute}"
         is_dtype = module == "torch" and isinstance(vars(torch).get(attribute), torch.dtype)
         if not (is_dtype or HARMLESS.fullmatch(name)):
@@ -256,7 +258,9 @@ class PickleReader:
             case "_rebuild_tensor_v3", (_Storage() as storage, offset, shape, strides, _, _, _Name(dtype), *_):
                 dtype = vars(torch).get(dtype.removeprefix("torch."))
                 return self._tensor(storage, dtype, offset, shape, strides)
-            case "_rebuild_from_type_v2", (function, _Name("torch.Tensor" | "torch.nn.parameter.Parameter"), inner, *_):
+            case "_rebuild_from_type_v2", (
+                _Name(name) as function, _Name("torch.Tensor" | "torch.nn.parameter.Parameter"), inner, *_
+            ) if name != kind:  # fmt: skip
                 return self._call(function, inner)
         return Opaque(kind)
 
@@ -274,10 +278,8 @@ class PickleReader:
 
     def _tensor(self, storage: _Storage, dtype: Any, offset: Any, shape: Any, strides: Any) -> StoredTensor | Opaque:
         """The tensor, or what is wrong with it: then it matters only if it is one of the model's."""
-        numbers = (offset, *shape, *strides)
-        if not all(isinstance(number, int) and 0 <= number < 2**63 for number in numbers) or (
-            len(shape) != len(strides) or len(shape) > MOST_DIMENSIONS or not isinstance(dtype, torch.dtype)
-        ):
+        fits = len(shape) == len(strides) <= MOST_DIMENSIONS and isinstance(dtype, torch.dtype)
+        if not (fits and all(isinstance(n, int) and 0 <= n < 2**63 for n in (offset, *shape, *strides))):
             return Opaque("a tensor of an impossible layout")
         stored = storage.count * storage.dtype.itemsize // dtype.itemsize
         elements = math.prod(shape)

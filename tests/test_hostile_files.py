@@ -128,6 +128,9 @@ def test_impossible_tensors_of_the_optimizer_do_not_matter(tmp_path):
     assert read_checkpoint(file).shapes == {"a": (2, 2)}
 
 
+REBUILD = b"ctorch._tensor\n_rebuild_from_type_v2\n"
+
+
 def nested_tuples(depth: int) -> bytes:
     return EMPTY_TUPLE + b"\x85" * depth
 
@@ -136,10 +139,31 @@ BOMBS = {
     "memo": NONE + b"r" + struct.pack("<I", 2**32 - 1) + b"0",
     "tuples as key": DICT + nested_tuples(10**6) + NONE + b"s0",
     "tuples": nested_tuples(10**6) + b"0",
-    "lists": LIST * 10**6 + b"a" * (10**6 - 1) + b"0",
+    "lists": LIST * 5 * 10**5 + b"a" * (5 * 10**5 - 1) + b"0",
     "dicts": (DICT + text("a")) * 10**5 + NONE + b"s" * 10**5 + b"0",
     "colliding keys": DICT + MARK + b"".join(whole(n * (2**61 - 1)) + NONE for n in range(10**5)) + SETITEMS + b"0",
     "doubling": LIST + put(1) + b"0" + (GET_1 + GET_1 + b"\x86" + put(1) + b"0") * 5000,
+    "rebuilt in itself": LIST
+    + put(1)
+    + MARK
+    + REBUILD
+    + b"ctorch\nTensor\n"
+    + GET_1
+    + APPENDS
+    + b"0"
+    + (REBUILD + GET_1 + REDUCE + b"0") * 10,
+    "many sides": numbers(*[1] * 10**5)
+    + put(1)
+    + b"0"
+    + MARK
+    + storage()
+    + whole(0)
+    + GET_1
+    + GET_1
+    + TUPLE
+    + put(2)
+    + b"0"
+    + (b"ctorch._utils\n_rebuild_tensor\nh\x02" + REDUCE + b"0") * 10**5,
     "list in itself": LIST + put(1) + GET_1 + b"a0",
     "buffers": called("builtins", "bytearray", whole(10**12)) + b"0",
 }
@@ -172,7 +196,9 @@ def test_pickles_without_end_end(tmp_path):
         b"", b"\x80\x02", STOP, b"0.", b"h\x09.", b"t.", b"\x80\x02}(X\xff\xff\xff\x7fa",
         b"\x8d" + b"\xff" * 7 + b"\x7f", b"\x95" + b"\xff" * 8, b"\x96" + b"\xff" * 7 + b"\x7f",
         b"I" + b"9" * 10_000 + b"\n.", b"Fx\n.", b"S'\\x'\n.", b"S'\\\x89'\n.",
-        b"V\\ud800\n.", b"\x82\x01.", b"\x97.", b"Pname\n.", b"cos\n.", b"NN\x93.", b"NR.", b"Nb.", b"(o.", b"}(NNNu.",
+        b"V\\ud800\n.",
+        text("m" * 600) + text("n" * 600) + b"\x93.", b"\x82\x01.",
+        b"\x97.", b"Pname\n.", b"cos\n.", b"NN\x93.", b"NR.", b"Nb.", b"(o.", b"}(NNNu.",
         b"\xff", b"\x80\xff.",
     ],
 )  # fmt: skip
