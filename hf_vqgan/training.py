@@ -578,7 +578,7 @@ def prepare_generator(model: VQGANModel, accelerator: Accelerator) -> nn.Module:
     """
     prepared = accelerator.prepare_model(model)
     for wrapper in ("forward", "_original_forward"):
-        vars(model).pop(wrapper, None)
+        model.__dict__.pop(wrapper, None)
     return prepared
 
 
