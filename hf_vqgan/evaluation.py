@@ -40,6 +40,7 @@ from .data import (
     row_of,
     to_pixel_values,
 )
+from .documents import write_text
 from .frechet import CLASSES, FeatureMoments, InceptionFeatures, frechet_distance, inception_score, to_bytes
 from .image_codecs import CODECS, encode_near
 from .latent_dataset import weights_sha256
@@ -48,7 +49,6 @@ from .lpips_weights import NETWORKS
 from .metrics import mean_perplexity, number_codes, pixel_figures, sum_over_processes
 from .model_card import EVALUATION_FIGURES, update_model_card
 from .pictures import draw_comparison
-from .run_folder import write_text
 from .training import share_cpu_threads
 
 logger = logging.getLogger(__name__)

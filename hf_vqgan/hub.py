@@ -12,11 +12,11 @@ import torch
 import yaml
 from huggingface_hub import HfApi, ModelCard
 
+from .documents import read_mapping, read_settings
 from .image_processing_vqgan import VQGANImageProcessor
 from .model_card import add_evaluation, is_local, make_model_card, make_pipeline_card, public_name
 from .modeling_vqgan import VQGANModel
 from .pipelines import VQGANLatentDiffusionPipeline
-from .run_folder import read_mapping, read_settings
 
 EXTRAS = ("metrics.json", "training_config.yaml", "reconstructions.png", "curves.png", "codebook.png")
 PIPELINE_EXTRAS = ("metrics.json", "training_config.yaml")

@@ -18,8 +18,8 @@ from tqdm.auto import tqdm
 
 from .configuration_training import check_values, option
 from .data import ImageTransform, UnreadableImage, decode_image, find_image_column, load_splits, to_pixel_values
+from .documents import read_mapping, write_text
 from .modeling_vqgan import VQGANModel
-from .run_folder import read_mapping, write_text
 from .sources import check_source
 from .training import share_cpu_threads
 

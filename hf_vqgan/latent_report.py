@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from .documents import write_text
 from .latent_analysis import GROUPS, SLOW, LatentAnalysisConfig, NotApplicable, Subject, prepare
 from .latent_pictures import (
     draw_comparison,
@@ -17,7 +18,6 @@ from .latent_pictures import (
     draw_walk,
 )
 from .latent_space import Measure
-from .run_folder import write_text
 
 REPORT_FILE = "latent_space.json"
 PACKAGES = ("hf_vqgan", "torch", "torchmetrics", "diffusers", "transformers", "lpips")

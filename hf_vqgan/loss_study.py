@@ -20,13 +20,13 @@ from torch import Tensor
 
 from .configuration_training import MAX_SEED, VQGANTrainingConfig, check_values, option
 from .configuration_vqgan import VQGANConfig
+from .documents import write_text
 from .latent_analysis import GROUPS, LatentAnalysisConfig, NotApplicable, Subject, prepare
 from .latent_pictures import draw_strips
 from .latent_space import high_frequency_share, slerp
 from .losses import LPIPS
 from .lpips_weights import NETWORKS
 from .pictures import draw_comparison
-from .run_folder import write_text
 from .training import train
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -17,6 +17,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from .documents import read_json
+
 STATE_FILE = "state.json"
 FORMAT = 1
 
@@ -282,25 +284,6 @@ def _random_state_of(saved: dict) -> dict:
         "torch": saved["torch_manual_seed"],
         **on_device,
     }
-
-
-def read_json(file: Path) -> Any:
-    """
-    A file of strict JSON.
-
-    Raises:
-        ValueError: if it is none, or none that Python can hold.
-    """
-    if file.exists() and not file.is_file():
-        raise ValueError(f"{file} is not a file.")
-    try:
-        return json.loads(file.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is not valid JSON: {error}") from error
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is no number in JSON")
 
 
 def _unshared(tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:

@@ -3,6 +3,7 @@
 import contextlib
 import fnmatch
 import hashlib
+import inspect
 import json
 import logging
 import math
@@ -26,6 +27,7 @@ from safetensors import SafetensorError
 
 from .configuration_training import role_of
 from .configuration_vqgan import VQGANConfig, model_fields
+from .documents import read_mapping, read_settings, write_text
 from .image_processing_vqgan import VQGANImageProcessor
 from .modeling_vqgan import VQGANModel
 from .run_checkpoint import (
@@ -33,7 +35,6 @@ from .run_checkpoint import (
     Part,
     collect_states,
     read_accelerate_states,
-    read_json,
     read_states,
     restore_states,
     write_states,
@@ -56,7 +57,7 @@ WRITTEN = (
       for name in ("reconstructions", "curves", "gradients", "codebook", "samples-*")),
     "config.json", "model.safetensors", "model-*.safetensors", "model.safetensors.index.json",
     "preprocessor_config.json", "model_index.json", "vqvae", "denoiser", "scheduler",
-    *(file.name for file in Path(__file__).parent.glob("*.py")),  # the code that travels with a model
+    *(file.name for file in Path(inspect.getfile(VQGANModel)).parent.glob("*.py")),  # code that travels with a model
     "vqgan", "vqgan_latent_diffusion", "wandb",
 )  # fmt: skip
 
@@ -423,25 +424,6 @@ def _check_checkpoint(folder: Path) -> None:
         raise ValueError(f"--resume_from_checkpoint {folder}: the checkpoint is damaged: {damage}.")
 
 
-def read_settings(file: Path) -> dict:
-    """
-    A run's training_config.yaml.
-
-    Raises:
-        ValueError: if it is missing or damaged.
-    """
-    if not file.is_file():
-        raise ValueError(f"{file} is {'not a file' if file.exists() else 'missing'}.")
-    try:
-        settings = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except Exception as error:  # a damaged YAML tag fails in whatever way its constructor does
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"{file} is damaged: it is not YAML ({reason}).") from error
-    if not isinstance(settings, dict):
-        raise ValueError(f"{file} is damaged: it has no settings.")
-    return settings
-
-
 def _parse_log_line(line: bytes) -> dict[str, float] | None:
     try:
         row = json.loads(line)
@@ -449,19 +431,6 @@ def _parse_log_line(line: bytes) -> dict[str, float] | None:
         return row if is_row else None
     except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):
         return None
-
-
-def read_mapping(file: Path) -> dict:
-    """
-    A JSON file that holds an object.
-
-    Raises:
-        ValueError: if it does not.
-    """
-    found = read_json(file)
-    if not isinstance(found, dict):
-        raise ValueError(f"{file} holds a {type(found).__name__} instead of an object.")
-    return found
 
 
 def give_usual_mode(folder: Path) -> None:
@@ -513,13 +482,3 @@ def sha256(path: Path) -> str:
         while block := file.read(2**20):
             digest.update(block)
     return digest.hexdigest()
-
-
-def write_text(file: Path, text: str) -> None:
-    """Write a file so that it is there whole or not at all, after a power failure as well."""
-    temporary = file.with_name(f".{file.name}.tmp")
-    with open(temporary, "w", encoding="utf-8") as opened:
-        opened.write(text)
-        opened.flush()
-        os.fsync(opened.fileno())
-    temporary.replace(file)

@@ -35,11 +35,12 @@ from hf_vqgan.data import (
     load_image_datasets,
     map_style_images,
 )
+from hf_vqgan.documents import write_text
 from hf_vqgan.evaluation import EvaluationConfig, EvaluationImages
 from hf_vqgan.latent_analysis import LatentAnalysisConfig, load_images
 from hf_vqgan.latent_dataset import EncodingConfig, encode_dataset
 from hf_vqgan.latent_samples import LatentSamples
-from hf_vqgan.run_folder import write_manifest, write_text
+from hf_vqgan.run_folder import write_manifest
 from hf_vqgan.streaming_data import StreamedImages, load_image_stream
 from hf_vqgan.training import share_cpu_threads, train
 
