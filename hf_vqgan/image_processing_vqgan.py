@@ -157,7 +157,8 @@ class VQGANImageProcessor(TorchvisionBackend):
 
     def fetch_images(self, image_url_or_urls):
         if isinstance(image_url_or_urls, str) and Path(image_url_or_urls).is_file():
-            return Image.open(image_url_or_urls)  # transformers would show the colours hidden under transparency
+            with Image.open(image_url_or_urls) as image:
+                return to_rgb(image)  # transformers would show the colours hidden under transparency
         return super().fetch_images(image_url_or_urls)
 
     def process_image(self, image, do_convert_rgb: bool | None = None, **kwargs) -> Tensor:
