@@ -41,6 +41,9 @@ def run_script(script: str, flags: list[str], environment: dict[str, str], log: 
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     os.environ.update(environment)
+    # As in a program of one's own. A child of a forkserver would start another one for its data loader's workers, which
+    # outlives a SIGKILL.
+    multiprocessing.set_start_method("fork", force=True)
     sys.argv = [str(SCRIPTS / script), *flags]
     warnings.simplefilter("error")
     # Accelerate's way to call DDP, and 1x1 convolutions, whose gradients have the same place in memory by two strides
