@@ -1,5 +1,6 @@
 """What `mkdocs build` adds to the pages of this folder: the project's own top-level files, and the API reference."""
 
+import itertools
 import re
 from pathlib import Path
 
@@ -10,15 +11,23 @@ ROOT = Path(__file__).parent.parent
 TOP_LEVEL = {"README.md": "index.md", "CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md"}
 
 
-def modules() -> list[str]:
-    """Names of the modules in reading order: README's file tree."""
-    tree = re.search(r"```\nhf_vqgan/\n(.*?)^\S", (ROOT / "README.md").read_text(), flags=re.DOTALL | re.MULTILINE)
-    return re.findall(r"^  (\w+)\.py ", tree.group(1), flags=re.MULTILINE)
+def modules() -> dict[str, list[str]]:
+    """Dotted names of the package's modules by folder, those at the package's root first."""
+    package = ROOT / "hf_vqgan"
+    found: dict[str, list[str]] = {"hf_vqgan": []}
+    for file in sorted(package.rglob("*.py"), key=lambda file: (len(file.parts), file)):
+        folder = ".".join(file.parent.relative_to(ROOT).parts)
+        if file.stem != "__init__":
+            found.setdefault(folder, []).append(f"{folder}.{file.stem}")
+    return found
 
 
 def on_config(config: MkDocsConfig) -> None:
     """The API reference in the navigation, before the pages on the project."""
-    reference = {"API reference": [{name: f"api/{name}.md"} for name in modules()]}
+    folders = [
+        {folder: [{name.rpartition(".")[2]: f"api/{name}.md"} for name in names]} for folder, names in modules().items()
+    ]
+    reference = {"API reference": folders}
     config.nav.insert(-1, reference)
 
 
@@ -27,9 +36,8 @@ def on_files(files: Files, config: MkDocsConfig) -> None:
     for source, page in TOP_LEVEL.items():
         text = (ROOT / source).read_text().replace("](docs/", "](")
         files.append(File.generated(config, page, content=_with_links_to_pages(text)))
-    for name in modules():
-        text = f"# hf_vqgan.{name}\n\n::: hf_vqgan.{name}\n"
-        files.append(File.generated(config, f"api/{name}.md", content=text))
+    for name in itertools.chain.from_iterable(modules().values()):
+        files.append(File.generated(config, f"api/{name}.md", content=f"# {name}\n\n::: {name}\n"))
 
 
 def on_page_markdown(markdown: str, **_) -> str:

@@ -1,6 +1,6 @@
 """The VQ-GAN as a transformers model with diffusers' interface: image -> encoder -> quantizer -> decoder -> image.
 
-Nothing about losses on images, discriminators or training is here: see `losses.py` and `training.py`.
+Nothing about losses on images, discriminators or training is here: see losses/ and training/.
 """
 
 import contextlib
@@ -337,7 +337,7 @@ class VQGANModel(PreTrainedModel):
 
         Args:
             path_or_repo (`str` or `Path`): A file; a folder; or `owner/name` on the Hub, with `/folder` or `/file`.
-            format (`str`, defaults to `"auto"`): A key of `hf_vqgan.conversion.FAMILIES`, or found out from the keys.
+            format (`str`, defaults to `"auto"`): A key of `conversion.families.FAMILIES`, or found from the keys.
             config (`dict` or path, *optional*): The original's config, YAML or JSON; by default one beside the file.
             weights (`str`, defaults to `"auto"`):
                 `"raw"`, or `"ema"` for their moving average; by default what the original's evaluation uses.
@@ -503,7 +503,7 @@ def recorded(modules: list[nn.Module]) -> Iterator[list[Tensor]]:
 def _conversion():
     """The module that knows other projects' formats. It builds on this one, hence the late import; and by name, because
     transformers sends along whatever a saved model's code imports in a statement."""
-    return importlib.import_module("hf_vqgan.conversion")
+    return importlib.import_module("hf_vqgan.conversion.convert")
 
 
 def build_encoder(config: VQGANConfig) -> nn.Module:

@@ -15,11 +15,11 @@ import ipaddress
 import sys
 from pathlib import Path
 
-from hf_vqgan.arguments import errors_in_one_line
-from hf_vqgan.sources import check_source
+from hf_vqgan.files.sources import check_source
+from hf_vqgan.training.arguments import errors_in_one_line
 
 try:
-    from hf_vqgan.playground_page import launch, make_page, write_space
+    from hf_vqgan.app.page import launch, make_page, write_space
 except ModuleNotFoundError as error:
     if error.name != "gradio":
         raise

@@ -23,11 +23,11 @@ import warnings
 from collections.abc import Iterator
 
 import torch
+from benchmarks import lookup_speed, speed
+from benchmarks.speed import Setting, in_fresh_process
 
-from hf_vqgan import lookup_speed, speed
-from hf_vqgan.arguments import errors_in_one_line
-from hf_vqgan.latent_analysis import LatentAnalysisConfig, load_images
-from hf_vqgan.speed import Setting, in_fresh_process
+from hf_vqgan.evaluation.latent_analysis import LatentAnalysisConfig, load_images
+from hf_vqgan.training.arguments import errors_in_one_line
 
 PRECISIONS = {"no": "fp32", "bf16": "bf16"}
 

@@ -13,8 +13,8 @@ docs/checkpoints.md says what loads and what differs.
 import argparse
 from pathlib import Path
 
-from hf_vqgan.arguments import errors_in_one_line
-from hf_vqgan.conversion import EXPORTS, FAMILIES, convert
+from hf_vqgan.conversion.convert import EXPORTS, FAMILIES, convert
+from hf_vqgan.training.arguments import errors_in_one_line
 
 
 def main() -> None:

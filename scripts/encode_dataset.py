@@ -11,8 +11,8 @@ MODEL and DATASET are Hub names or local folders. The same command again continu
 
 import datasets
 
-from hf_vqgan.arguments import RecipeParser, errors_in_one_line
-from hf_vqgan.latent_dataset import EncodingConfig, encode_dataset
+from hf_vqgan.generation.encoded_dataset import EncodingConfig, encode_dataset
+from hf_vqgan.training.arguments import RecipeParser, errors_in_one_line
 
 
 def main() -> None:

@@ -13,8 +13,8 @@ evaluation.json, evaluation.md and comparison.png. What the figures mean: docs/e
 
 from pathlib import Path
 
-from hf_vqgan.arguments import RecipeParser, errors_in_one_line
-from hf_vqgan.evaluation import EvaluationConfig, evaluate
+from hf_vqgan.evaluation.comparison import EvaluationConfig, evaluate
+from hf_vqgan.training.arguments import RecipeParser, errors_in_one_line
 
 
 def main() -> None:

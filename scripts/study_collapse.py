@@ -20,9 +20,9 @@ from matplotlib.figure import Figure
 from transformers import HfArgumentParser
 
 from hf_vqgan import VQGANConfig
-from hf_vqgan.arguments import errors_in_one_line
-from hf_vqgan.data import ImageTransform, TrainingImages, load_image_datasets
-from hf_vqgan.training import VQGANTrainingConfig, train
+from hf_vqgan.data.datasets import ImageTransform, TrainingImages, load_image_datasets
+from hf_vqgan.training.arguments import errors_in_one_line
+from hf_vqgan.training.loop import VQGANTrainingConfig, train
 
 
 @dataclass

@@ -13,9 +13,9 @@ study.json, study.md and pictures. Results and what they mean: docs/latent_space
 from pathlib import Path
 
 import datasets
+from studies.loss_study import LossStudyConfig, run_study
 
-from hf_vqgan.arguments import RecipeParser, errors_in_one_line
-from hf_vqgan.loss_study import LossStudyConfig, run_study
+from hf_vqgan.training.arguments import RecipeParser, errors_in_one_line
 
 
 def main() -> None:

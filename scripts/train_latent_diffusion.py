@@ -7,11 +7,11 @@ Train a latent diffusion model on a VQ-GAN's latents with Accelerate.
     accelerate launch scripts/train_latent_diffusion.py --vqgan runs/mine --dataset_name latents --denoiser dit
 
 The dataset holds images, or what encode_dataset.py made of them. Values come from the dataclass in
-hf_vqgan/latent_diffusion.py, overridden by a recipe (--config), overridden by flags. The same command again resumes.
+hf_vqgan/generation/diffusion.py, overridden by a recipe (--config), by flags. The same command again resumes.
 """
 
-from hf_vqgan.arguments import RecipeParser, errors_in_one_line
-from hf_vqgan.latent_diffusion import LatentDiffusionConfig, train_latent_diffusion
+from hf_vqgan.generation.diffusion import LatentDiffusionConfig, train_latent_diffusion
+from hf_vqgan.training.arguments import RecipeParser, errors_in_one_line
 
 
 def main() -> None:

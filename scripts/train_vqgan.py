@@ -13,9 +13,9 @@ Values come from the dataclasses in hf_vqgan/, overridden by the recipe, overrid
 from pathlib import Path
 
 from hf_vqgan import VQGANConfig
-from hf_vqgan.arguments import ModelArguments, RecipeParser, errors_in_one_line, given
-from hf_vqgan.sources import check_source
-from hf_vqgan.training import VQGANTrainingConfig, train
+from hf_vqgan.files.sources import check_source
+from hf_vqgan.training.arguments import ModelArguments, RecipeParser, errors_in_one_line, given
+from hf_vqgan.training.loop import VQGANTrainingConfig, train
 
 RECIPES = Path(__file__).parent / "recipes"
 

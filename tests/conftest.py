@@ -20,8 +20,8 @@ from safetensors.torch import save_file
 from transformers import ViTConfig, ViTModel
 
 from hf_vqgan import VQGANConfig, VQGANLatentDiffusionPipeline, VQGANModel
-from hf_vqgan.losses import LPIPS
-from hf_vqgan.lpips_weights import NETWORKS
+from hf_vqgan.losses.image_losses import LPIPS
+from hf_vqgan.losses.lpips_weights import NETWORKS
 
 TINY = dict(
     block_out_channels=(8, 16),

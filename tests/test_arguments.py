@@ -5,17 +5,17 @@ import pytest
 import yaml
 
 from hf_vqgan import VQGANConfig
-from hf_vqgan.arguments import ModelArguments, RecipeParser, _model_descriptions, flags_page, given
-from hf_vqgan.configuration_training import option
 from hf_vqgan.configuration_vqgan import model_fields
-from hf_vqgan.training import VQGANTrainingConfig
+from hf_vqgan.training.arguments import ModelArguments, RecipeParser, _model_descriptions, flags_page, given
+from hf_vqgan.training.configuration import option
+from hf_vqgan.training.loop import VQGANTrainingConfig
 
 RECIPES = sorted((Path(__file__).parent.parent / "scripts" / "recipes").glob("*.yaml"))
 
 
 def test_the_page_of_flags_is_up_to_date():
     page = Path(__file__).parent.parent / "docs" / "flags.md"
-    assert page.read_text() == flags_page(), "run `python -m hf_vqgan.arguments > docs/flags.md`"
+    assert page.read_text() == flags_page(), "run `python -m hf_vqgan.training.arguments > docs/flags.md`"
 
 
 def test_every_field_of_the_model_is_described():

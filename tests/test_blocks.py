@@ -5,6 +5,8 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from benchmarks.speed import count_gflop
+from benchmarks.textbook_steps import use_plain_blocks
 from conftest import TINY
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
@@ -13,8 +15,6 @@ from torch.nn.utils import parametrizations, prune
 
 from hf_vqgan import VQGANConfig, VQGANModel
 from hf_vqgan.blocks import ResidualBlock, UpsamplingBlock, _NormSiLUConv, lighten, norm_act_conv
-from hf_vqgan.speed import count_gflop
-from hf_vqgan.textbook_steps import use_plain_blocks
 
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
 

@@ -26,8 +26,8 @@ from original_models import Original, OriginalLlamaGen
 from safetensors.torch import load_file, save_file
 
 from hf_vqgan import VQGANConfig, VQGANModel, conversion
-from hf_vqgan.checkpoint_files import read_checkpoint
-from hf_vqgan.conversion import EXPORTS, FAMILIES, convert, write_safetensors
+from hf_vqgan.conversion.convert import EXPORTS, FAMILIES, convert, write_safetensors
+from hf_vqgan.files.checkpoint_files import read_checkpoint
 
 ROOT = Path(__file__).parents[1]
 GOLDENS = Path(os.environ.get("HF_VQGAN_GOLDENS", ROOT.parent / "shared" / "goldens"))
@@ -927,7 +927,7 @@ def test_failed_conversion_leaves_nothing(taming_file, tmp_path, monkeypatch):
     def fail(*arguments):
         raise OSError("disk full")
 
-    monkeypatch.setattr("hf_vqgan.conversion.write_safetensors", fail)
+    monkeypatch.setattr("hf_vqgan.conversion.convert.write_safetensors", fail)
     before = set(tmp_path.iterdir())
     with pytest.raises(OSError, match="disk full"):
         convert(taming_file, tmp_path / "out")

@@ -11,7 +11,7 @@ from conftest import image_bytes, photo, write_tar
 from datasets import Dataset, Features, Image, Value
 from PIL import Image as PILImage
 
-from hf_vqgan.data import (
+from hf_vqgan.data.datasets import (
     EpochBatchSampler,
     ImageTransform,
     Mixture,

@@ -2,15 +2,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hf_vqgan.discriminators import (
+from hf_vqgan.losses.discriminators import (
     DINODiscriminator,
     PatchDiscriminator,
     StyleGANDiscriminator,
     diff_augment,
     draw_augmentations,
 )
-from hf_vqgan.losses import lecam_penalty, r1_penalty
-from hf_vqgan.metrics import DiscriminatorHealth
+from hf_vqgan.losses.image_losses import lecam_penalty, r1_penalty
+from hf_vqgan.measurement.metrics import DiscriminatorHealth
 
 
 @pytest.fixture(params=["patchgan", "stylegan", "dino"])

@@ -19,8 +19,8 @@ from safetensors.torch import load_file, save_file
 from test_conversion import TAMING_TARGET, save_original
 
 from hf_vqgan import VQGANModel
-from hf_vqgan.checkpoint_files import read_checkpoint, read_config
-from hf_vqgan.torch_files import MOST_STEPS, PickleReader
+from hf_vqgan.files.checkpoint_files import read_checkpoint, read_config
+from hf_vqgan.files.torch_files import MOST_STEPS, PickleReader
 
 
 @pytest.fixture(autouse=True)

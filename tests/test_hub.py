@@ -24,8 +24,8 @@ from conftest import TINY, image_bytes, photo, write_tar
 from hub_server import Hub, LoopbackHub
 
 from hf_vqgan import VQGANConfig, VQGANImageProcessor, VQGANModel
-from hf_vqgan.hub import push_pipeline_to_hub, push_run_to_hub
-from hf_vqgan.training import VQGANTrainingConfig, train
+from hf_vqgan.hub.push import push_pipeline_to_hub, push_run_to_hub
+from hf_vqgan.training.loop import VQGANTrainingConfig, train
 
 ROOT = Path(__file__).parent.parent
 ENDPOINT, TOKEN = (os.environ.get(f"HF_VQGAN_TEST_HUB_{name}") for name in ("ENDPOINT", "TOKEN"))
@@ -65,7 +65,7 @@ def run(tmp_path_factory, random_trunk):
 PUBLISH = """
 import datasets, numpy, PIL.Image, torch
 from hf_vqgan import VQGANModel
-from hf_vqgan.hub import push_run_to_hub
+from hf_vqgan.hub.push import push_run_to_hub
 
 push_run_to_hub(RUN, names["tokenizer"], license="apache-2.0")
 push_run_to_hub(RUN, names["tokenizer"], variant="bf16", max_shard_size="200KB")
@@ -294,7 +294,7 @@ def test_latents_and_pipeline_are_pushed_and_used(hub, published, tmp_path):
         norm_num_groups=4, attention_head_dim=4, train_batch_size=4, max_train_steps=2, sample_inference_steps=1,
         sample_images=4, hub_license="mit", **sharing,
     )  # fmt: skip
-    code = f"from hf_vqgan.hub import push_pipeline_to_hub\npush_pipeline_to_hub({str(output)!r}, {pipeline!r}, "
+    code = f"from hf_vqgan.hub.push import push_pipeline_to_hub\npush_pipeline_to_hub({str(output)!r}, {pipeline!r}, "
     code += "variant='bf16')\n"
     code += f"LATENTS, PIPELINE, FILE = {latents!r}, {pipeline!r}, {str(tmp_path / 'images.npy')!r}"
     printed = hub.run(code + USE, tmp_path / "reader").splitlines()
@@ -316,9 +316,9 @@ def test_latents_and_pipeline_are_pushed_and_used(hub, published, tmp_path):
 
 
 SHARE_LOCAL = """
-from hf_vqgan.hub import push_run_to_hub
-from hf_vqgan.latent_dataset import EncodingConfig, encode_dataset
-from hf_vqgan.latent_diffusion import LatentDiffusionConfig, train_latent_diffusion
+from hf_vqgan.hub.push import push_run_to_hub
+from hf_vqgan.generation.encoded_dataset import EncodingConfig, encode_dataset
+from hf_vqgan.generation.diffusion import LatentDiffusionConfig, train_latent_diffusion
 
 push_run_to_hub(RUN, names["local-tokenizer"], token=TOKEN)
 sharing = {"push_to_hub": True, "hub_token": TOKEN, "cpu_threads": 1}
@@ -383,7 +383,8 @@ def test_interrupted_uploads_change_nothing_until_one_is_complete(hub, run, tmp_
             (folder / file.name).write_bytes(file.read_bytes())
     (folder / "curves.png").write_bytes(b"first")  # a file that the server, which keeps what it gets, has not got yet
     push = (
-        f"from hf_vqgan.hub import push_run_to_hub\npush = lambda: push_run_to_hub({str(folder)!r}, {repository!r})\n"
+        "from hf_vqgan.hub.push import push_run_to_hub\n"
+        f"push = lambda: push_run_to_hub({str(folder)!r}, {repository!r})\n"
     )
     hub.fault = "PUT", "stall"
     hub.stalled.clear()
@@ -453,8 +454,8 @@ for kind in ("files", "tars"):
 """
     hub.run(make, tmp_path / "writer")
     read = """
-from hf_vqgan.data import ImageTransform, load_batches
-from hf_vqgan.streaming_data import StreamedImages, load_image_stream
+from hf_vqgan.data.datasets import ImageTransform, load_batches
+from hf_vqgan.data.streams import StreamedImages, load_image_stream
 for kind in ("parquet", "files", "tars"):
     shards, validation = load_image_stream(f"user/{kind}", validation_size=2)
     stream = StreamedImages([shards], ImageTransform(16, center_crop=True, random_flip=False))

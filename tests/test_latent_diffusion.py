@@ -18,11 +18,10 @@ from accelerate import Accelerator
 from conftest import SPECIAL, TINY, photo, smooth_pixels
 from PIL import Image
 
-import hf_vqgan.latent_diffusion as latent_diffusion
+import hf_vqgan.generation.diffusion as latent_diffusion
 from hf_vqgan import VQGANConfig, VQGANLatentDiffusionPipeline, VQGANModel
-from hf_vqgan.data import ImageTransform, to_pixel_values
-from hf_vqgan.latent_dataset import EncodingConfig, encode_dataset
-from hf_vqgan.latent_diffusion import (
+from hf_vqgan.data.datasets import ImageTransform, to_pixel_values
+from hf_vqgan.generation.diffusion import (
     LatentDiffusionConfig,
     build_denoiser,
     build_schedulers,
@@ -30,7 +29,8 @@ from hf_vqgan.latent_diffusion import (
     draw,
     train_latent_diffusion,
 )
-from hf_vqgan.latent_samples import LatentSamples, encode_samples
+from hf_vqgan.generation.encoded_dataset import EncodingConfig, encode_dataset
+from hf_vqgan.generation.samples import LatentSamples, encode_samples
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
 

@@ -9,9 +9,9 @@ from conftest import TINY
 from diffusers import AutoencoderKL
 
 from hf_vqgan import VQGANConfig, VQGANModel
-from hf_vqgan.latent_analysis import GROUPS, LatentAnalysisConfig
-from hf_vqgan.latent_report import analyze, analyze_and_compare, compare, read_report
-from hf_vqgan.latent_space import (
+from hf_vqgan.evaluation.latent_analysis import GROUPS, LatentAnalysisConfig
+from hf_vqgan.evaluation.latent_report import analyze, analyze_and_compare, compare, read_report
+from hf_vqgan.measurement.latent_space import (
     TRANSFORMS,
     PixelDistance,
     bootstrap,

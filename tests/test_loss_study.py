@@ -6,8 +6,7 @@ import math
 import pytest
 import torch
 from conftest import photo
-
-from hf_vqgan.loss_study import (
+from studies.loss_study import (
     GAN,
     VARIANTS,
     Effect,

@@ -8,7 +8,7 @@ from conftest import package_lpips
 from safetensors.torch import load_file
 
 from hf_vqgan import lpips_weights
-from hf_vqgan.losses import (
+from hf_vqgan.losses.image_losses import (
     LPIPS,
     adaptive_weight,
     adversarial_loss,
@@ -17,7 +17,7 @@ from hf_vqgan.losses import (
     ramp,
     weighted_sum,
 )
-from hf_vqgan.lpips_weights import NETWORKS, ArrayUnpickler, load_trunk_weights
+from hf_vqgan.losses.lpips_weights import NETWORKS, ArrayUnpickler, load_trunk_weights
 
 
 @pytest.mark.parametrize("net", sorted(NETWORKS))

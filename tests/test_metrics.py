@@ -7,7 +7,13 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torchmetrics.image import PeakSignalNoiseRatio
 
 from hf_vqgan import metrics
-from hf_vqgan.metrics import CodebookHealth, evaluate_reconstruction, measure_latents, perplexity, pixel_figures
+from hf_vqgan.measurement.metrics import (
+    CodebookHealth,
+    evaluate_reconstruction,
+    measure_latents,
+    perplexity,
+    pixel_figures,
+)
 
 
 def test_perplexity_closed_forms():

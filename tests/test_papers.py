@@ -9,7 +9,7 @@ PAPER = re.compile(r"https://(?:huggingface\.co/papers|arxiv\.org/(?:abs|pdf)|do
 
 def test_every_citation_is_listed_with_its_files_and_nothing_else_is():
     cited: dict[str, set[str]] = {}
-    for file in [*ROOT.glob("hf_vqgan/*.py"), *ROOT.glob("scripts/*.py"), *ROOT.glob("scripts/recipes/*.yaml")]:
+    for file in [*ROOT.glob("hf_vqgan/**/*.py"), *ROOT.glob("scripts/**/*.py"), *ROOT.glob("scripts/recipes/*.yaml")]:
         for link in PAPER.findall(file.read_text()):
             cited.setdefault(link, set()).add(file.name)
     listed = {}

@@ -23,7 +23,7 @@ from PIL import Image
 from test_training import run_config, stop_after
 
 from hf_vqgan import VQGANConfig, playground
-from hf_vqgan.data import (
+from hf_vqgan.data.datasets import (
     ImageTransform,
     TrainingImages,
     UnreadableImage,
@@ -35,14 +35,14 @@ from hf_vqgan.data import (
     load_image_datasets,
     map_style_images,
 )
-from hf_vqgan.documents import write_text
-from hf_vqgan.evaluation import EvaluationConfig, EvaluationImages
-from hf_vqgan.latent_analysis import LatentAnalysisConfig, load_images
-from hf_vqgan.latent_dataset import EncodingConfig, encode_dataset
-from hf_vqgan.latent_samples import LatentSamples
-from hf_vqgan.run_folder import write_manifest
-from hf_vqgan.streaming_data import StreamedImages, load_image_stream
-from hf_vqgan.training import share_cpu_threads, train
+from hf_vqgan.data.streams import StreamedImages, load_image_stream
+from hf_vqgan.evaluation.comparison import EvaluationConfig, EvaluationImages
+from hf_vqgan.evaluation.latent_analysis import LatentAnalysisConfig, load_images
+from hf_vqgan.files.documents import write_text
+from hf_vqgan.generation.encoded_dataset import EncodingConfig, encode_dataset
+from hf_vqgan.generation.samples import LatentSamples
+from hf_vqgan.training.loop import share_cpu_threads, train
+from hf_vqgan.training.run_folder import write_manifest
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 WHOLE = ImageTransform(16, center_crop=True, random_flip=False)
@@ -201,9 +201,9 @@ def test_one_broken_file_counts_once(image_folder, random_trunk, tmp_path, caplo
                     perceptual_weight=0.0, adversarial_weight=0.0, latent_statistics_images=0)  # fmt: skip
     config = run_config(image_folder, random_trunk, tmp_path / "run", **settings)
     with pytest.MonkeyPatch.context() as patch:
-        count = sys.modules["hf_vqgan.training"].count_bad_images
+        count = sys.modules["hf_vqgan.training.loop"].count_bad_images
         interrupt = stop_after(11)
-        patch.setattr("hf_vqgan.training.count_bad_images", lambda *a: (count(*a), interrupt(*a)))
+        patch.setattr("hf_vqgan.training.loop.count_bad_images", lambda *a: (count(*a), interrupt(*a)))
         with pytest.raises(KeyboardInterrupt):
             train(config, VQGANConfig(**TINY))
     metrics = train(config, VQGANConfig(**TINY))
@@ -329,7 +329,8 @@ def test_what_a_spawned_worker_needs_can_be_sent(tmp_path, monkeypatch):
     images, _ = load_image_datasets(str(tmp_path))
     shards, _ = load_image_stream(str(tmp_path), validation_size=1)
     sent = []
-    monkeypatch.setattr("hf_vqgan.data.DataLoader", lambda *data, **settings: sent.append((data, settings)) or [])
+    loader = lambda *data, **settings: sent.append((data, settings)) or []  # noqa: E731
+    monkeypatch.setattr("hf_vqgan.data.datasets.DataLoader", loader)
     for training in (TrainingImages(images, ImageTransform(16)), StreamedImages([shards], ImageTransform(16))):
         load_batches(training, 2, num_workers=1)
         (batches,), settings = sent.pop()

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from hf_vqgan import VQGANConfig
-from hf_vqgan.arguments import ModelArguments, RecipeParser, given
-from hf_vqgan.training import VQGANTrainingConfig, train
+from hf_vqgan.training.arguments import ModelArguments, RecipeParser, given
+from hf_vqgan.training.loop import VQGANTrainingConfig, train
 
 RECIPES = sorted((Path(__file__).parent.parent / "scripts" / "recipes").glob("*.yaml"))
 

@@ -9,13 +9,13 @@ from conftest import TINY
 from test_training_step import applied_gradients, assert_close, double_state
 
 from hf_vqgan import VQGANConfig
-from hf_vqgan.configuration_training import VQGANTrainingConfig
-from hf_vqgan.discriminators import DINODiscriminator
-from hf_vqgan.gradient_flow import measure_gradients
-from hf_vqgan.losses import adversarial_loss
-from hf_vqgan.regularizers import FeatureAlignment, SpatialTransform, add_noise, draw_transform
-from hf_vqgan.training import build_accelerator, build_state, load_lpips
-from hf_vqgan.training_step import TrainState, training_step
+from hf_vqgan.losses.discriminators import DINODiscriminator
+from hf_vqgan.losses.image_losses import adversarial_loss
+from hf_vqgan.losses.regularizers import FeatureAlignment, SpatialTransform, add_noise, draw_transform
+from hf_vqgan.training.configuration import VQGANTrainingConfig
+from hf_vqgan.training.gradient_flow import measure_gradients
+from hf_vqgan.training.loop import build_accelerator, build_state, load_lpips
+from hf_vqgan.training.step import TrainState, training_step
 
 
 @pytest.fixture

@@ -23,12 +23,11 @@ from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file
 from test_training import assert_same_weights, run_config, stop_after
 
-import hf_vqgan.run_folder
+import hf_vqgan.training.run_folder
 from hf_vqgan import QUANTIZERS, VQGANConfig
-from hf_vqgan.configuration_training import VQGANTrainingConfig, role_of
-from hf_vqgan.latent_dataset import EncodingConfig
-from hf_vqgan.latent_diffusion import LatentDiffusionConfig
-from hf_vqgan.run_checkpoint import (
+from hf_vqgan.generation.diffusion import LatentDiffusionConfig
+from hf_vqgan.generation.encoded_dataset import EncodingConfig
+from hf_vqgan.training.checkpoint import (
     NamedAverages,
     NamedOptimizer,
     collect_states,
@@ -36,8 +35,9 @@ from hf_vqgan.run_checkpoint import (
     restore_states,
     write_states,
 )
-from hf_vqgan.run_folder import RunFolder, _is_written
-from hf_vqgan.training import build_accelerator, build_state, checkpoint_parts, load_images, train
+from hf_vqgan.training.configuration import VQGANTrainingConfig, role_of
+from hf_vqgan.training.loop import build_accelerator, build_state, checkpoint_parts, load_images, train
+from hf_vqgan.training.run_folder import RunFolder, _is_written
 
 ROOT = Path(__file__).parent.parent
 
@@ -49,7 +49,7 @@ def tiny():
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch):
-    monkeypatch.setattr("hf_vqgan.run_folder.LOCK_PATIENCE", 0.2)
+    monkeypatch.setattr("hf_vqgan.training.run_folder.LOCK_PATIENCE", 0.2)
 
 
 def open_folder(config: VQGANTrainingConfig, model: VQGANConfig | None = None) -> Path | None:
@@ -66,7 +66,7 @@ def made_run(folder: Path, *checkpoints: int, **fields) -> VQGANTrainingConfig:
     for step in checkpoints:
         (folder / f"checkpoint-{step}").mkdir()
         write_states(folder / f"checkpoint-{step}", {"progress": {"step": step}})
-        hf_vqgan.run_folder.write_manifest(folder / f"checkpoint-{step}")
+        hf_vqgan.training.run_folder.write_manifest(folder / f"checkpoint-{step}")
     return config
 
 
@@ -129,7 +129,7 @@ def test_preempted_run_that_overwrites_goes_on(image_folder, random_trunk, tmp_p
     made_run(tmp_path / "stopped", 7)
     stopped = dataclasses.replace(config, output_dir=str(tmp_path / "stopped"), overwrite_output_dir=True)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("hf_vqgan.training.count_bad_images", stop_after(5))
+        patch.setattr("hf_vqgan.training.loop.count_bad_images", stop_after(5))
         with pytest.raises(KeyboardInterrupt):
             train(stopped, tiny)
     assert (tmp_path / "stopped" / "checkpoint-4").is_dir() and not (tmp_path / "stopped" / "checkpoint-7").exists()
@@ -172,7 +172,7 @@ def test_everything_a_run_writes_can_be_overwritten(image_folder, random_trunk, 
 
 HOLD = """
 import sys, time
-from hf_vqgan.run_folder import RunFolder
+from hf_vqgan.training.run_folder import RunFolder
 sys.path.insert(0, {tests!r})
 from test_run_checkpoint import VQGANConfig, VQGANTrainingConfig, TINY, Accelerator
 with RunFolder(VQGANTrainingConfig(**{fields!r}), VQGANConfig(**TINY), Accelerator()) as run:
@@ -302,7 +302,7 @@ def test_resuming_an_earlier_checkpoint_keeps_what_it_writes(tmp_path, tiny, mon
 def test_tokens_are_not_shown(config):
     assert "hf_secret" not in repr(config) and "hub_token" not in repr(config)
     if hasattr(config, "output_dir"):
-        assert "hf_secret" not in str(hf_vqgan.run_folder.public_settings(config))
+        assert "hf_secret" not in str(hf_vqgan.training.run_folder.public_settings(config))
 
 
 def test_token_is_in_no_file_and_no_output(image_folder, random_trunk, tmp_path, tiny, capfd, monkeypatch):
@@ -453,7 +453,7 @@ def write_old_checkpoint(folder: Path, parts: dict, accelerator: Accelerator) ->
     for number, part in enumerate(others):
         state = inner.get(type(part), lambda part: part)(part).state_dict()
         torch.save(state, folder / f"custom_checkpoint_{number}.pkl")
-    hf_vqgan.run_folder.write_manifest(folder)
+    hf_vqgan.training.run_folder.write_manifest(folder)
 
 
 def test_older_checkpoints_are_read_without_running_their_pickles(image_folder, random_trunk, tmp_path, tiny):
@@ -475,7 +475,7 @@ def test_older_checkpoints_are_read_without_running_their_pickles(image_folder, 
             with open(tmp_path / "crafted" / name, "wb") as file:
                 pickle.dump({"step": 2, "state": Bomb(tmp_path / "exploded")}, file)
             (tmp_path / "crafted" / "manifest.json").unlink()
-            hf_vqgan.run_folder.write_manifest(tmp_path / "crafted")
+            hf_vqgan.training.run_folder.write_manifest(tmp_path / "crafted")
             with pytest.raises(
                 ValueError, match=f"cannot resume from .*crafted: .*{name}.*more than tensors and numbers"
             ):

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from hf_vqgan.arguments import errors_in_one_line
-from hf_vqgan.training import CodebookCollapse, Preempted
+from hf_vqgan.training.arguments import errors_in_one_line
+from hf_vqgan.training.loop import CodebookCollapse, Preempted
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 MISTYPED = {

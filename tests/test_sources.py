@@ -4,13 +4,13 @@ import huggingface_hub
 import pytest
 from hub_server import LoopbackHub
 
-from hf_vqgan.autoencoders import load_autoencoder
-from hf_vqgan.conversion import load_original
-from hf_vqgan.data import load_splits
-from hf_vqgan.latent_dataset import EncodingConfig, encode_dataset
-from hf_vqgan.playground import load_model
-from hf_vqgan.sources import HTTPError, check_source
-from hf_vqgan.vision_backbone import VisionBackbone
+from hf_vqgan.app.playground import load_model
+from hf_vqgan.conversion.convert import load_original
+from hf_vqgan.data.datasets import load_splits
+from hf_vqgan.evaluation.autoencoders import load_autoencoder
+from hf_vqgan.files.sources import HTTPError, check_source
+from hf_vqgan.generation.encoded_dataset import EncodingConfig, encode_dataset
+from hf_vqgan.losses.backbones import VisionBackbone
 
 
 @pytest.fixture
@@ -67,7 +67,7 @@ def test_hub_that_answers(tmp_path):
     hub = LoopbackHub()
     try:
         code = """
-from hf_vqgan.sources import check_source
+from hf_vqgan.files.sources import check_source
 from huggingface_hub import HfApi
 HfApi().create_repo("user/there")
 check_source("user/there")

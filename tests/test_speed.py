@@ -5,10 +5,10 @@ import sys
 
 import pytest
 import torch
+from benchmarks.speed import OperatorRecord, added_memory, count_gflop, describe_product, kind_of, seconds_to
 from torch import nn
 
-from hf_vqgan.losses import LPIPS
-from hf_vqgan.speed import OperatorRecord, added_memory, count_gflop, describe_product, kind_of, seconds_to
+from hf_vqgan.losses.image_losses import LPIPS
 
 HEAVY = {"datasets", "gradio", "lpips", "matplotlib", "pandas", "skimage", "sklearn", "tensorboard", "torchmetrics"}
 

@@ -9,9 +9,9 @@ from test_data import as_dataset
 from test_training import run_config, stop_after
 
 from hf_vqgan import VQGANConfig, VQGANModel
-from hf_vqgan.data import ImageTransform, UnreadableImage, load_batches
-from hf_vqgan.streaming_data import ShuffledShards, StreamedImages, load_image_stream, read_ahead
-from hf_vqgan.training import train
+from hf_vqgan.data.datasets import ImageTransform, UnreadableImage, load_batches
+from hf_vqgan.data.streams import ShuffledShards, StreamedImages, load_image_stream, read_ahead
+from hf_vqgan.training.loop import train
 
 PLAIN = ImageTransform(16, random_flip=False)
 
@@ -200,7 +200,7 @@ def test_resumed_run_on_mixed_streams_ends_in_the_same_weights(image_folder, ran
     assert "a stream of 1 + 1 shard(s) of training images, mixed 3 : 1, 2 for validation" in capsys.readouterr().out
     config = run_config(image_folder, random_trunk, tmp_path / "stopped", **settings)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("hf_vqgan.training.count_bad_images", stop_after(3))
+        patch.setattr("hf_vqgan.training.loop.count_bad_images", stop_after(3))
         with pytest.raises(KeyboardInterrupt):
             train(config, VQGANConfig(**TINY))
     train(config, VQGANConfig(**TINY))

@@ -21,12 +21,12 @@ from safetensors.torch import load_file
 
 import hf_vqgan
 from hf_vqgan import QUANTIZERS, VQGANConfig, VQGANModel
-from hf_vqgan.arguments import ModelArguments, RecipeParser, given
 from hf_vqgan.configuration_vqgan import model_fields
-from hf_vqgan.data import ImageTransform, TrainingImages, load_image_datasets, notices
-from hf_vqgan.evaluation import EvaluationConfig, evaluate
-from hf_vqgan.metrics import CodebookHealth, DiscriminatorHealth
-from hf_vqgan.training import (
+from hf_vqgan.data.datasets import ImageTransform, TrainingImages, load_image_datasets, notices
+from hf_vqgan.evaluation.comparison import EvaluationConfig, evaluate
+from hf_vqgan.measurement.metrics import CodebookHealth, DiscriminatorHealth
+from hf_vqgan.training.arguments import ModelArguments, RecipeParser, given
+from hf_vqgan.training.loop import (
     CodebookCollapse,
     Preempted,
     PreemptionNotice,
@@ -123,7 +123,7 @@ def test_latents_without_a_scale_are_warned_of(image_folder, random_trunk, tmp_p
         measure_scale(state, dataset)
         torch.nn.init.zeros_(state.vqgan.quant_conv.bias)
 
-    monkeypatch.setattr("hf_vqgan.training.measure_scale", kill)
+    monkeypatch.setattr("hf_vqgan.training.loop.measure_scale", kill)
     tiny = VQGANConfig(**TINY, scaling_factor=0.5, shift_factor=0.25)
     metrics = train(run_config(image_folder, random_trunk, tmp_path / "run", max_train_steps=1), tiny)
     assert sum("constant or not finite" in record.message for record in caplog.records) == 1
@@ -137,7 +137,7 @@ def test_resumed_run_ends_in_the_same_weights(image_folder, random_trunk, tmp_pa
     stopped = dataclasses.replace(config, output_dir=str(tmp_path / "stopped"))
     with pytest.MonkeyPatch.context() as patch:
         # Killed after the fifth step: the last checkpoint is that of step 4.
-        patch.setattr("hf_vqgan.training.count_bad_images", stop_after(5))
+        patch.setattr("hf_vqgan.training.loop.count_bad_images", stop_after(5))
         with pytest.raises(KeyboardInterrupt):
             train(stopped, tiny)
     train(stopped, tiny)  # the same command again
@@ -169,7 +169,7 @@ def test_run_leaves_no_process_behind(image_folder, random_trunk, tmp_path, tiny
     train(config, tiny)
     assert multiprocessing.active_children() == []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("hf_vqgan.training.count_bad_images", stop_after(1))
+        patch.setattr("hf_vqgan.training.loop.count_bad_images", stop_after(1))
         with pytest.raises(KeyboardInterrupt):
             train(dataclasses.replace(config, output_dir=str(tmp_path / "stopped")), tiny)
         assert multiprocessing.active_children() == []
@@ -194,7 +194,7 @@ def test_notice_of_preemption_saves_and_stops(image_folder, random_trunk, tmp_pa
     stopped = dataclasses.replace(config, output_dir=str(tmp_path / "stopped"))
     before = signal.getsignal(number)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("hf_vqgan.training.count_bad_images", signal_at(3, number))
+        patch.setattr("hf_vqgan.training.loop.count_bad_images", signal_at(3, number))
         with pytest.raises(Preempted, match=f"stopped by {signal.Signals(number).name}: saved step 3") as stop:
             train(dataclasses.replace(stopped, dataloader_num_workers=workers), tiny)
     assert stop.value.exit_code == code and multiprocessing.active_children() == []
@@ -217,7 +217,7 @@ def signal_at(step, number, times=1):
 
 def test_second_ctrl_c_stops_at_once(image_folder, random_trunk, tmp_path, tiny, monkeypatch):
     """But not the same one, which a launcher may pass on once more."""
-    monkeypatch.setattr("hf_vqgan.training.count_bad_images", signal_at(3, signal.SIGINT, times=2))
+    monkeypatch.setattr("hf_vqgan.training.loop.count_bad_images", signal_at(3, signal.SIGINT, times=2))
     config = run_config(image_folder, random_trunk, tmp_path / "run", checkpointing_steps=100)
     with pytest.raises(Preempted):
         train(dataclasses.replace(config, output_dir=str(tmp_path / "same")), tiny)
@@ -259,7 +259,7 @@ def test_damaged_checkpoints_are_passed_over(image_folder, random_trunk, tmp_pat
 def test_log_line_cut_off_by_a_kill_is_dropped(image_folder, random_trunk, tmp_path, tiny):
     config = run_config(image_folder, random_trunk, tmp_path / "run", max_train_steps=4)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("hf_vqgan.training.count_bad_images", stop_after(3))
+        patch.setattr("hf_vqgan.training.loop.count_bad_images", stop_after(3))
         with pytest.raises(KeyboardInterrupt):
             train(config, tiny)
     with open(tmp_path / "run" / "log.jsonl", "a") as log:
@@ -279,7 +279,7 @@ def test_full_disk_loses_no_checkpoint(image_folder, random_trunk, tmp_path, tin
             resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
 
     with monkeypatch.context() as patch:
-        patch.setattr("hf_vqgan.training.count_bad_images", fill_disk)
+        patch.setattr("hf_vqgan.training.loop.count_bad_images", fill_disk)
         try:
             with pytest.raises(OSError, match=r"step 4 could not be written .*untouched: checkpoint-2. Make room"):
                 train(config, tiny)
@@ -292,14 +292,14 @@ def test_full_disk_loses_no_checkpoint(image_folder, random_trunk, tmp_path, tin
 
 
 def test_steps_with_nan_are_skipped_and_counted_up_to_a_limit(image_folder, random_trunk, tmp_path, tiny, monkeypatch):
-    real_step = hf_vqgan.training.training_step
+    real_step = hf_vqgan.training.loop.training_step
 
     def broken_step(state, micro_batches):
         if state.step in poisoned:
             micro_batches = [pixels * torch.nan for pixels in micro_batches]
         return real_step(state, micro_batches)
 
-    monkeypatch.setattr("hf_vqgan.training.training_step", broken_step)
+    monkeypatch.setattr("hf_vqgan.training.loop.training_step", broken_step)
     poisoned = {2, 4}
     config = run_config(image_folder, random_trunk, tmp_path / "some", max_nonfinite_steps=2, logging_steps=1)
     metrics = train(config, tiny)
@@ -333,8 +333,8 @@ def test_averaged_weights_are_validated_and_saved(image_folder, random_trunk, tm
             torch.testing.assert_close(saved[name], 0.25 * averages(3)[name] + 0.75 * raw[name])
     assert all(torch.equal(saved[name], tensor) for name, tensor in averages(4).items())
     model = VQGANModel.from_pretrained(tmp_path / "run")
-    _, validation = hf_vqgan.training.load_images(config, tiny, build_accelerator(config))
-    report = hf_vqgan.training.evaluate_reconstruction(model, (image[None] for image in validation))
+    _, validation = hf_vqgan.training.loop.load_images(config, tiny, build_accelerator(config))
+    report = hf_vqgan.training.loop.evaluate_reconstruction(model, (image[None] for image in validation))
     assert report.psnr == pytest.approx(metrics["psnr"], rel=1e-4)
 
 
@@ -455,7 +455,7 @@ def test_dry_run_trains_everything_and_leaves_nothing(image_folder, random_trunk
 
     def watched_step(state, micro_batches):
         before = [[p.detach().clone() for p in network.parameters()] for network in (state.model, state.discriminator)]
-        output = hf_vqgan.training_step.training_step(state, micro_batches)
+        output = hf_vqgan.training.step.training_step(state, micro_batches)
         after = (state.model.parameters(), state.discriminator.parameters())
         moved = [
             any(not torch.equal(a, b) for a, b in zip(*pair, strict=True)) for pair in zip(before, after, strict=True)
@@ -463,7 +463,7 @@ def test_dry_run_trains_everything_and_leaves_nothing(image_folder, random_trunk
         seen.append((state.quantizing, *moved))
         return output
 
-    monkeypatch.setattr("hf_vqgan.training.training_step", watched_step)
+    monkeypatch.setattr("hf_vqgan.training.loop.training_step", watched_step)
     config = run_config(image_folder, random_trunk, tmp_path / "run", quantize_start=4, disc_start=5)
     before = sorted(tmp_path.rglob("*"))
     assert train(config, tiny, dry_run=True) == {}
@@ -480,19 +480,19 @@ def test_dry_run_in_fp16_passes_over_the_steps_that_find_the_scale(
     """Which is what makes them not finite; in float32, the same is an error."""
 
     def overflow(state, micro_batches):
-        output = hf_vqgan.training_step.training_step(state, micro_batches)
+        output = hf_vqgan.training.step.training_step(state, micro_batches)
         return dataclasses.replace(output, nonfinite=("grad_norm",))
 
-    monkeypatch.setattr("hf_vqgan.training.training_step", overflow)
+    monkeypatch.setattr("hf_vqgan.training.loop.training_step", overflow)
     config = run_config(image_folder, random_trunk, tmp_path / "run")
     with pytest.raises(FloatingPointError, match="not finite in a first step: grad_norm"):
         train(config, tiny, dry_run=True)
     accelerator = build_accelerator(config)
-    perceptual, metric = hf_vqgan.training.load_lpips(config, accelerator)
+    perceptual, metric = hf_vqgan.training.loop.load_lpips(config, accelerator)
     state = build_state(config, tiny, accelerator, perceptual)
     accelerator.scaler = torch.amp.GradScaler("cpu")
-    dataset, validation = hf_vqgan.training.load_images(config, tiny, accelerator)
-    assert hf_vqgan.training.rehearse(state, dataset, validation, metric).startswith("OK: ")
+    dataset, validation = hf_vqgan.training.loop.load_images(config, tiny, accelerator)
+    assert hf_vqgan.training.loop.rehearse(state, dataset, validation, metric).startswith("OK: ")
 
 
 def test_dry_run_tries_whether_the_folder_can_be_written_to(image_folder, random_trunk, tmp_path, tiny):
@@ -573,9 +573,9 @@ def test_a_run_that_never_quantizes_is_refused(image_folder, random_trunk, tmp_p
 
 
 def test_no_code_is_counted_before_there_are_any(image_folder, random_trunk, tmp_path, tiny, monkeypatch):
-    phases, describe = [], hf_vqgan.training.tqdm.set_description
+    phases, describe = [], hf_vqgan.training.loop.tqdm.set_description
     monkeypatch.setattr(
-        hf_vqgan.training.tqdm,
+        hf_vqgan.training.loop.tqdm,
         "set_description",
         lambda bar, text, **kw: (phases.append(text), describe(bar, text, **kw)),
     )
@@ -663,7 +663,7 @@ def test_too_many_unreadable_images_stop_the_run(image_folder, random_trunk, tmp
 def test_every_field_of_the_configuration_is_read():
     """A flag that nothing reads is a lie."""
     package = Path(hf_vqgan.__file__).parent
-    sources = [file.read_text() for file in package.glob("*.py") if file.name != "configuration_training.py"]
+    sources = [file.read_text() for file in package.rglob("*.py") if file.name != "configuration.py"]
     names = {field.name for field in dataclasses.fields(VQGANTrainingConfig)}
     assert {name for name in names if not any(f"config.{name}" in source for source in sources)} == set()
 

@@ -5,17 +5,17 @@ import math
 import pytest
 import torch
 from accelerate import Accelerator
+from benchmarks.textbook_steps import one_pass_gradients, two_pass_gradients, use_plain_blocks
 from conftest import TINY
 
 from hf_vqgan import VQGANConfig, VQGANModel
 from hf_vqgan.blocks import lighten
-from hf_vqgan.configuration_training import VQGANTrainingConfig
-from hf_vqgan.discriminators import PatchDiscriminator
-from hf_vqgan.losses import LPIPS
-from hf_vqgan.metrics import CodebookHealth
-from hf_vqgan.textbook_steps import one_pass_gradients, two_pass_gradients, use_plain_blocks
-from hf_vqgan.training import build_model
-from hf_vqgan.training_step import TrainState, training_step, update_codebook
+from hf_vqgan.losses.discriminators import PatchDiscriminator
+from hf_vqgan.losses.image_losses import LPIPS
+from hf_vqgan.measurement.metrics import CodebookHealth
+from hf_vqgan.training.configuration import VQGANTrainingConfig
+from hf_vqgan.training.loop import build_model
+from hf_vqgan.training.step import TrainState, training_step, update_codebook
 
 
 def double_state(random_trunk, **fields) -> TrainState:

@@ -30,7 +30,7 @@ from limits import TooLong, limits
 from test_conversion import GOLDENS, STAND_INS
 
 from hf_vqgan import VQGANModel
-from hf_vqgan.checkpoint_files import read_checkpoint
+from hf_vqgan.files.checkpoint_files import read_checkpoint
 
 WITH_GOLDENS = 1_000_000  # seeds from here on choose among the golden checkpoints, too
 

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps, features
 
-from hf_vqgan.data import ImageTransform, UnreadableImage, decode_image
+from hf_vqgan.data.datasets import ImageTransform, UnreadableImage, decode_image
 
 MODES_OF = {
     "PNG": ("1", "L", "LA", "P", "RGB", "RGBA", "I;16"),
@@ -191,7 +191,7 @@ def test_worst_cases_take_little_memory(tmp_path):
         (tmp_path / name).write_bytes(data)
     program = """
         import resource, sys
-        from hf_vqgan.data import ImageTransform, UnreadableImage, decode_image
+        from hf_vqgan.data.datasets import ImageTransform, UnreadableImage, decode_image
         used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used + 2**30, used + 2**30))
         for path in sys.argv[1:]:

@@ -28,9 +28,9 @@ from test_run_checkpoint import Bomb, parts_of
 from test_training import run_config, stop_after
 
 from hf_vqgan import VQGANConfig
-from hf_vqgan.run_checkpoint import collect_states
-from hf_vqgan.run_folder import RunFolder, find_damage, write_manifest
-from hf_vqgan.training import train
+from hf_vqgan.training.checkpoint import collect_states
+from hf_vqgan.training.loop import train
+from hf_vqgan.training.run_folder import RunFolder, find_damage, write_manifest
 
 
 @pytest.fixture(scope="session")
@@ -45,7 +45,7 @@ def whole(tmp_path_factory, random_trunk):
     more = dict(max_train_steps=8, use_ema=True, streaming=True, checkpoints_total_limit=None, lecam_weight=0.1)
     config = run_config(folder / "images", random_trunk, folder / "run", **more)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("hf_vqgan.training.count_bad_images", stop_after(5))
+        patch.setattr("hf_vqgan.training.loop.count_bad_images", stop_after(5))
         with pytest.raises(KeyboardInterrupt):
             train(config, tiny)
     parts, accelerator = parts_of(config, tiny)
@@ -232,7 +232,7 @@ def open_as_training_does(run: RunFolder, parts: dict) -> str | None:
 def test_damaged_folder_is_resumed_or_refused(whole, tmp_path, monkeypatch, seeds):
     config, parts, states = whole
     tiny = VQGANConfig(**TINY)
-    monkeypatch.setattr("hf_vqgan.run_folder.LOCK_PATIENCE", 0.2)
+    monkeypatch.setattr("hf_vqgan.training.run_folder.LOCK_PATIENCE", 0.2)
     outcomes = {"resumed": 0, "anew": 0, "refused": 0}
     for seed in seeds:
         rng = random.Random(seed)

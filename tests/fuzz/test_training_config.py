@@ -10,14 +10,14 @@ from types import NoneType
 import numpy as np
 import pytest
 import yaml
+from studies.loss_study import LossStudyConfig
 
-from hf_vqgan.arguments import ModelArguments, RecipeParser
-from hf_vqgan.evaluation import EvaluationConfig
-from hf_vqgan.latent_analysis import LatentAnalysisConfig
-from hf_vqgan.latent_dataset import EncodingConfig
-from hf_vqgan.latent_diffusion import LatentDiffusionConfig
-from hf_vqgan.loss_study import LossStudyConfig
-from hf_vqgan.training import VQGANTrainingConfig
+from hf_vqgan.evaluation.comparison import EvaluationConfig
+from hf_vqgan.evaluation.latent_analysis import LatentAnalysisConfig
+from hf_vqgan.generation.diffusion import LatentDiffusionConfig
+from hf_vqgan.generation.encoded_dataset import EncodingConfig
+from hf_vqgan.training.arguments import ModelArguments, RecipeParser
+from hf_vqgan.training.loop import VQGANTrainingConfig
 
 CONFIGS = [VQGANTrainingConfig, EvaluationConfig, LatentAnalysisConfig, EncodingConfig, LatentDiffusionConfig,
            LossStudyConfig]  # fmt: skip

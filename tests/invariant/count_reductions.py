@@ -11,9 +11,9 @@ import torch
 from conftest import TINY
 
 from hf_vqgan import VQGANConfig
-from hf_vqgan.configuration_training import VQGANTrainingConfig
-from hf_vqgan.training import build_accelerator, build_state, load_lpips
-from hf_vqgan.training_step import training_step
+from hf_vqgan.training.configuration import VQGANTrainingConfig
+from hf_vqgan.training.loop import build_accelerator, build_state, load_lpips
+from hf_vqgan.training.step import training_step
 
 MICRO_BATCHES = 3
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-import hf_vqgan.data
+import hf_vqgan.data.datasets
 
 
 def to_pixel_values(pixels: Tensor) -> Tensor:
@@ -21,7 +21,7 @@ def to_pixel_values(pixels: Tensor) -> Tensor:
 
 if __name__ == "__main__":
     torch.set_default_dtype(torch.float64)
-    hf_vqgan.data.to_pixel_values = to_pixel_values
+    hf_vqgan.data.datasets.to_pixel_values = to_pixel_values
     del sys.argv[0]
     sys.path.insert(0, str(Path(sys.argv[0]).parent))
     runpy.run_path(sys.argv[0], run_name="__main__")

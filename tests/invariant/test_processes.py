@@ -15,8 +15,8 @@ from in_float64 import to_pixel_values
 from safetensors.torch import load_file
 
 from hf_vqgan import VQGANConfig
-from hf_vqgan.evaluation import EvaluationConfig, evaluate
-from hf_vqgan.training import VQGANTrainingConfig, train
+from hf_vqgan.evaluation.comparison import EvaluationConfig, evaluate
+from hf_vqgan.training.loop import VQGANTrainingConfig, train
 
 SCRIPTS = Path(__file__).parent.parent.parent / "scripts"
 
@@ -39,7 +39,7 @@ def launch(arguments: dict, script: str = "train_vqgan.py", names: tuple[str, ..
 @pytest.fixture
 def float64(monkeypatch):
     torch.set_default_dtype(torch.float64)
-    monkeypatch.setattr("hf_vqgan.data.to_pixel_values", to_pixel_values)
+    monkeypatch.setattr("hf_vqgan.data.datasets.to_pixel_values", to_pixel_values)
     yield
     torch.set_default_dtype(torch.float32)
 

@@ -16,14 +16,14 @@ from pathlib import Path
 
 from PIL import Image
 
-import hf_vqgan.pictures
+import hf_vqgan.measurement.pictures
 
 SCRIPTS = Path(__file__).parent.parent.parent / "scripts"
 
 
 def start_server() -> BaseContext:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["hf_vqgan.training"])
+    context.set_forkserver_preload(["hf_vqgan.training.loop"])
     return context
 
 
@@ -50,7 +50,7 @@ def run_script(script: str, flags: list[str], environment: dict[str, str], log: 
     warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
     warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides", UserWarning)
     if not draw:
-        hf_vqgan.pictures._render = lambda figure: Image.new("RGB", (8, 8))
+        hf_vqgan.measurement.pictures._render = lambda figure: Image.new("RGB", (8, 8))
     runpy.run_path(sys.argv[0], run_name="__main__")
 
 

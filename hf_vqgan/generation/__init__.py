@@ -1,0 +1,1 @@
+"""What is built on a tokenizer: encoded datasets, diffusion models of the latents."""

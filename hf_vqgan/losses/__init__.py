@@ -1,0 +1,1 @@
+"""What training minimises: image losses and LPIPS, discriminators, latent regularizers, frozen backbones."""
