@@ -23,7 +23,7 @@ from hub_server import LoopbackHub, Repository
 from huggingface_hub import SpaceCard
 from PIL import Image
 
-from hf_vqgan import playground
+from hf_vqgan.app import playground
 
 pytest.importorskip("gradio", reason="the page needs gradio: pip install -e '.[app]'")
 

@@ -196,8 +196,9 @@ def test_site_builds_without_a_warning(tmp_path):
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    modules = {file.stem for file in (ROOT / "hf_vqgan").glob("[!_]*.py")}
+    modules = {".".join(file.relative_to(ROOT).with_suffix("").parts) for file in ROOT.glob("hf_vqgan/**/[!_]*.py")}
     assert {file.stem for file in (tmp_path / "api").glob("*.html")} == modules
-    assert "Perceptual path length" in (tmp_path / "api" / "latent_space.html").read_text()
+    page = tmp_path / "api" / "hf_vqgan.measurement.latent_space.html"
+    assert "Perceptual path length" in page.read_text()
     for file in tmp_path.rglob("*.html"):
         assert not re.findall(r"<(?:script|link|img|iframe)[^>]+(?:src|href)=\"(?:https?:)?//", file.read_text()), file

@@ -7,7 +7,7 @@ import torch
 from conftest import package_lpips
 from safetensors.torch import load_file
 
-from hf_vqgan import lpips_weights
+from hf_vqgan.losses import lpips_weights
 from hf_vqgan.losses.image_losses import (
     LPIPS,
     adaptive_weight,

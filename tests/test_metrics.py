@@ -6,7 +6,7 @@ from conftest import smooth_pixels
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torchmetrics.image import PeakSignalNoiseRatio
 
-from hf_vqgan import metrics
+from hf_vqgan.measurement import metrics
 from hf_vqgan.measurement.metrics import (
     CodebookHealth,
     evaluate_reconstruction,

@@ -9,7 +9,8 @@ import pytest
 import torch
 from conftest import SPECIAL, TINY, photo, smooth_pixels
 
-from hf_vqgan import VQGANConfig, VQGANLatentDiffusionPipeline, VQGANModel, playground
+from hf_vqgan import VQGANConfig, VQGANLatentDiffusionPipeline, VQGANModel
+from hf_vqgan.app import playground
 
 
 @pytest.fixture

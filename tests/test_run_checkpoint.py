@@ -205,7 +205,7 @@ def test_two_runs_in_one_folder_are_noticed(tmp_path):
 def test_files_have_the_permissions_of_ordinary_files(image_folder, random_trunk, tmp_path, tiny, umask, expected):
     before = os.umask(umask)
     try:
-        train(run_config(image_folder, random_trunk, tmp_path / "run", max_train_steps=1), tiny)
+        train(run_config(image_folder, random_trunk, tmp_path / "run", max_train_steps=1, quantize_start=0), tiny)
     finally:
         os.umask(before)
     modes = {stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "run").rglob("*") if path.is_file()}
@@ -309,8 +309,9 @@ def test_token_is_in_no_file_and_no_output(image_folder, random_trunk, tmp_path,
     """Trackers included; nor in the error of a push that fails."""
     pytest.importorskip("tensorboard")
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
-    config = run_config(image_folder, random_trunk, tmp_path / "run", max_train_steps=1, report_to="tensorboard",
-                        push_to_hub=True, hub_model_id="user/name", hub_token="hf_very_secret")  # fmt: skip
+    config = run_config(image_folder, random_trunk, tmp_path / "run", max_train_steps=1, quantize_start=0,
+                        report_to="tensorboard", push_to_hub=True, hub_model_id="user/name",
+                        hub_token="hf_very_secret")  # fmt: skip
     with pytest.raises(Exception, match="Connection refused") as failure:
         train(config, tiny)
     assert "hf_very_secret" not in str(failure.value)

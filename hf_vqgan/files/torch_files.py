@@ -389,6 +389,8 @@ def _read_legacy(file: Path, data: mmap.mmap) -> TorchFile:
         start += 8 + places[key][1]
     if missing := reader.storages.keys() - places.keys():
         raise ValueError(f"its storage {min(missing)!r:.50} is missing")
+    if start < len(data):
+        raise ValueError(f"{len(data) - start} bytes follow after its last storage")
     return _mapped(data, content, reader, places)
 
 
