@@ -204,8 +204,10 @@ def damage(folder: Path, rng: random.Random) -> tuple[str, bool]:
         file, how = rng.choice(files), rng.choice(DAMAGE)
         told.append(f"{how.__name__}({file.relative_to(folder)})")
         how(file, rng)
-        if file.parent.name.startswith("checkpoint-") and file.name != "manifest.json" and rng.random() < 0.4:
-            (file.parent / "manifest.json").unlink(missing_ok=True)
+        manifest = file.parent / "manifest.json"
+        in_checkpoint = file.parent.name.startswith("checkpoint-") and file != manifest and not manifest.is_dir()
+        if in_checkpoint and rng.random() < 0.4:
+            manifest.unlink(missing_ok=True)
             write_manifest(file.parent)
             agrees = True
     return ", ".join(told), agrees
