@@ -453,6 +453,7 @@ def write_old_checkpoint(folder: Path, parts: dict, accelerator: Accelerator) ->
     others = [part for name, part in parts.items() if part not in models and name != "loss_scale"]
     for number, part in enumerate(others):
         state = inner.get(type(part), lambda part: part)(part).state_dict()
+        state.pop("unreadable_images", None)  # was not counted then
         torch.save(state, folder / f"custom_checkpoint_{number}.pkl")
     hf_vqgan.training.run_folder.write_manifest(folder)
 

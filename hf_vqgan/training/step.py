@@ -131,6 +131,7 @@ class TrainState:
     def load_state_dict(self, state: dict) -> None:
         self.health.load_state_dict(state["health"])
         self.disc_health.load_state_dict(state["disc_health"])
+        state = {"unreadable_images": {}} | state  # earlier checkpoints have no names of them
         for name in self.COUNTERS:
             setattr(self, name, state[name])
 
