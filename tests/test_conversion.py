@@ -25,7 +25,8 @@ from diffusers import VQModel
 from original_models import Original, OriginalLlamaGen
 from safetensors.torch import load_file, save_file
 
-from hf_vqgan import VQGANConfig, VQGANModel, conversion
+from hf_vqgan import VQGANConfig, VQGANModel
+from hf_vqgan.conversion import convert as convert_module
 from hf_vqgan.conversion.convert import EXPORTS, FAMILIES, convert, write_safetensors
 from hf_vqgan.files.checkpoint_files import read_checkpoint
 
@@ -321,7 +322,7 @@ def test_diffusers(norm_type, old_names, tmp_path):
 
 def test_diffusers_in_parts_and_without_config(tmp_path, monkeypatch):
     said = []
-    monkeypatch.setattr(conversion.logger, "warning", said.append)
+    monkeypatch.setattr(convert_module.logger, "warning", said.append)
     theirs = VQModel(block_out_channels=(32,))
     theirs.save_pretrained(tmp_path, safe_serialization=False, max_shard_size="30KB")
     assert (tmp_path / "diffusion_pytorch_model.bin.index.json").exists()
@@ -447,7 +448,7 @@ def test_beta_lands_on_the_term_it_was_on(tmp_path):
 
 def test_ambiguous_keys_are_said_to_be(tmp_path, monkeypatch):
     said = []
-    monkeypatch.setattr(conversion.logger, "warning", said.append)
+    monkeypatch.setattr(convert_module.logger, "warning", said.append)
     folder = save_original(Original(), tmp_path, {}, "state_dict")
     VQGANModel.from_original(folder)
     assert len(said) == 1 and "for IBQ pass format='ibq', for openMUSE format='openmuse'" in said[0]
@@ -462,7 +463,7 @@ def test_ambiguous_keys_are_said_to_be(tmp_path, monkeypatch):
 def test_each_assumption_is_said_once_with_what_settles_it(tmp_path, monkeypatch):
     """LlamaGen's l2-norm, the averages that both classes of SEED-Voken have: no tensor shows them."""
     said = []
-    monkeypatch.setattr(conversion.logger, "warning", said.append)
+    monkeypatch.setattr(convert_module.logger, "warning", said.append)
     llamagen = save_original(OriginalLlamaGen(lowest_first=True), tmp_path / "a", {}, "model")
     assert VQGANModel.from_original(llamagen).config.codebook_l2_norm
     assert len(said) == 1 and "codebook_l2_norm: taken as true" in said[0] and "config settles" in said[0]
@@ -491,7 +492,7 @@ def test_seed_voken_evaluates_the_averages_of_its_vqmodel_too(tmp_path, monkeypa
         VQGANModel.from_original(folder, config={"model": kind})
 
     said = []
-    monkeypatch.setattr(conversion.logger, "warning", said.append)
+    monkeypatch.setattr(convert_module.logger, "warning", said.append)
     folder = save_original(original, tmp_path / "without", {}, "state_dict")
     kind["init_args"] = {"use_ema": True}
     assert torch.equal(VQGANModel.from_original(folder, config={"model": kind}).encoder.conv_in.weight, raw)
@@ -505,7 +506,7 @@ EMU = {"ddconfig": {"ch": 32, "z_channels": 6}, "n_embed": 24, "embed_dim": 4, "
 def test_flat_config_of_emu(told, tmp_path, monkeypatch):
     """Emu3.5's IBQ has taming-transformers' keys and no class in its config; it never reads cosine_similarity."""
     said = []
-    monkeypatch.setattr(conversion.logger, "warning", said.append)
+    monkeypatch.setattr(convert_module.logger, "warning", said.append)
     original = Original(choice="product")
     folder = save_original(original, tmp_path, EMU | told, None)
     pixels = images(original)
