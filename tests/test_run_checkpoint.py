@@ -36,8 +36,9 @@ from hf_vqgan.training.checkpoint import (
     write_states,
 )
 from hf_vqgan.training.configuration import VQGANTrainingConfig, role_of
-from hf_vqgan.training.loop import build_accelerator, build_state, checkpoint_parts, load_images, train
+from hf_vqgan.training.loop import checkpoint_parts, train
 from hf_vqgan.training.run_folder import RunFolder, _is_written
+from hf_vqgan.training.setup import build_accelerator, build_state, load_images
 
 ROOT = Path(__file__).parent.parent
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from hf_vqgan.training.arguments import errors_in_one_line
-from hf_vqgan.training.loop import CodebookCollapse, Preempted
+from hf_vqgan.training.interruption import CodebookCollapse, Preempted
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 MISTYPED = {

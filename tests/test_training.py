@@ -26,17 +26,9 @@ from hf_vqgan.data.datasets import ImageTransform, TrainingImages, load_image_da
 from hf_vqgan.evaluation.comparison import EvaluationConfig, evaluate
 from hf_vqgan.measurement.metrics import CodebookHealth, DiscriminatorHealth
 from hf_vqgan.training.arguments import ModelArguments, RecipeParser, given
-from hf_vqgan.training.loop import (
-    CodebookCollapse,
-    Preempted,
-    PreemptionNotice,
-    VQGANTrainingConfig,
-    build_accelerator,
-    build_state,
-    check_distributed_type,
-    measure_scale,
-    train,
-)
+from hf_vqgan.training.interruption import CodebookCollapse, Preempted, PreemptionNotice
+from hf_vqgan.training.loop import VQGANTrainingConfig, measure_scale, train
+from hf_vqgan.training.setup import build_accelerator, build_state, check_distributed_type
 
 
 def run_config(image_folder, random_trunk, output_dir, **fields) -> VQGANTrainingConfig:
@@ -463,7 +455,7 @@ def test_dry_run_trains_everything_and_leaves_nothing(image_folder, random_trunk
         seen.append((state.quantizing, *moved))
         return output
 
-    monkeypatch.setattr("hf_vqgan.training.loop.training_step", watched_step)
+    monkeypatch.setattr("hf_vqgan.training.plan.training_step", watched_step)
     config = run_config(image_folder, random_trunk, tmp_path / "run", quantize_start=4, disc_start=5)
     before = sorted(tmp_path.rglob("*"))
     assert train(config, tiny, dry_run=True) == {}
@@ -483,7 +475,7 @@ def test_dry_run_in_fp16_passes_over_the_steps_that_find_the_scale(
         output = hf_vqgan.training.step.training_step(state, micro_batches)
         return dataclasses.replace(output, nonfinite=("grad_norm",))
 
-    monkeypatch.setattr("hf_vqgan.training.loop.training_step", overflow)
+    monkeypatch.setattr("hf_vqgan.training.plan.training_step", overflow)
     config = run_config(image_folder, random_trunk, tmp_path / "run")
     with pytest.raises(FloatingPointError, match="not finite in a first step: grad_norm"):
         train(config, tiny, dry_run=True)
@@ -492,7 +484,7 @@ def test_dry_run_in_fp16_passes_over_the_steps_that_find_the_scale(
     state = build_state(config, tiny, accelerator, perceptual)
     accelerator.scaler = torch.amp.GradScaler("cpu")
     dataset, validation = hf_vqgan.training.loop.load_images(config, tiny, accelerator)
-    assert hf_vqgan.training.loop.rehearse(state, dataset, validation, metric).startswith("OK: ")
+    assert hf_vqgan.training.plan.rehearse(state, dataset, validation, metric).startswith("OK: ")
 
 
 def test_dry_run_tries_whether_the_folder_can_be_written_to(image_folder, random_trunk, tmp_path, tiny):

@@ -54,7 +54,7 @@ from ..measurement.frechet import (
 from ..measurement.metrics import mean_perplexity, number_codes, pixel_figures, sum_over_processes
 from ..measurement.pictures import draw_comparison
 from ..training.configuration import check_values, option
-from ..training.loop import share_cpu_threads
+from ..training.setup import share_cpu_threads
 from .autoencoders import Autoencoder, load_autoencoder
 from .image_codecs import CODECS, encode_near
 

@@ -38,8 +38,8 @@ from ..modeling_vqgan import VQGANModel
 from ..pipelines import VQGANLatentDiffusionPipeline, count_classes, normalize_latents, predict
 from ..training.checkpoint import LossScale, NamedAverages, NamedOptimizer, Part
 from ..training.configuration import LR_SCHEDULERS, MAX_SEED, TRACKERS, check_values, option
-from ..training.loop import share_cpu_threads
 from ..training.run_folder import RunFolder
+from ..training.setup import share_cpu_threads
 from .samples import LatentSamples, encode_samples, raw_latents
 
 

@@ -28,7 +28,7 @@ from ..files.documents import read_mapping, write_text
 from ..files.sources import check_source
 from ..modeling_vqgan import VQGANModel
 from ..training.configuration import check_values, option
-from ..training.loop import share_cpu_threads
+from ..training.setup import share_cpu_threads
 
 logger = logging.getLogger(__name__)
 

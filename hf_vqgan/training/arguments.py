@@ -19,7 +19,7 @@ from transformers import HfArgumentParser
 from ..configuration_vqgan import VQGANConfig, model_fields
 from ..files.sources import HTTPError
 from .configuration import VQGANTrainingConfig
-from .loop import INTERRUPTED_EXIT_CODE, CodebookCollapse, Preempted
+from .interruption import INTERRUPTED_EXIT_CODE, CodebookCollapse, Preempted
 
 # What users can mend, and get told in one line. Whatever else is raised is a bug, whose traceback is wanted.
 USER_ERRORS = (
