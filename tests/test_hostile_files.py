@@ -337,6 +337,15 @@ def test_more_levels_than_any_tokenizer_has(tmp_path):
             VQGANModel.from_original(tmp_path, config=TAMING_TARGET)
 
 
+def test_tensors_without_elements_are_no_sizes(tmp_path):
+    """10^9 x 10^9 x 3 x 3 weights have more bytes than PyTorch can count."""
+    extra = {name: torch.zeros(10**9, 0, 3, 3) for name in ("encoder.conv_out.weight", "decoder.conv_out.weight")}
+    extra |= {f"encoder.down.{level}.block.0.conv2.weight": torch.zeros(10**9, 0, 3, 3) for level in range(3)}
+    folder = save_original(Original(), tmp_path, TAMING_TARGET, "state_dict", **extra)
+    with pytest.raises(ValueError, match=r"is \(1000000000, 0, 3, 3\), and no known tokenizer has sides over 67108864"):
+        VQGANModel.from_original(folder)
+
+
 def test_names_cannot_spoil_the_message(tmp_path):
     extra = {"encoder.\x1b[2J\n" + "x" * 10**6: torch.zeros(1)}
     folder = save_original(Original(), tmp_path, TAMING_TARGET, "state_dict", **extra)

@@ -45,6 +45,7 @@ __all__ = ["EXPORTS", "FAMILIES", "convert", "export_original", "load_original",
 logger = logging.get_logger(__name__)
 
 MOST_LEVELS, MOST_LAYERS = 12, 32  # published: 6 and 4. A model of thousands would take minutes to build
+LONGEST_SIDE = 2**26  # of a tensor: tensors without elements can claim any
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGERS = (torch.int32, torch.int64)
 LARGEST = 1e10  # of a weight; a flipped bit of an exponent makes 1e19 or 1e38 of 1
@@ -178,7 +179,7 @@ def read_architecture(shapes: dict[str, tuple[int, ...]], family: Family) -> dic
     Gets by with missing tensors as far as it can, so that they are reported by name and not as a strange architecture.
 
     Raises:
-        ValueError: if names count to more levels or layers than any tokenizer has.
+        ValueError: if names count to more levels or layers than any tokenizer has, or tensors are larger.
     """
 
     def inside(ours: str) -> set[str]:
@@ -196,8 +197,13 @@ def read_architecture(shapes: dict[str, tuple[int, ...]], family: Family) -> dic
 
     def size(axis: int, *candidates: str) -> int | None:
         """Length of an axis of the first candidate that is there."""
-        found = (shapes.get(family.name(ours), ()) for ours in candidates)
-        return next((shape[axis] for shape in found if len(shape) > axis), None)
+        for name in map(family.name, candidates):
+            shape = shapes.get(name, ())
+            if len(shape) > axis:
+                if shape[axis] > LONGEST_SIDE:
+                    raise ValueError(f"{name} is {shown(shape)}, and no known tokenizer has sides over {LONGEST_SIDE}.")
+                return shape[axis]
+        return None
 
     def levels(side: str, block_type: str) -> tuple[list[int], list[str], int]:
         channels: list[int] = []
