@@ -1,6 +1,7 @@
 """Every recipe builds its networks and passes its own check, on whatever images are at hand."""
 
 import dataclasses
+import functools
 from pathlib import Path
 
 import pytest
@@ -8,14 +9,17 @@ import pytest
 from hf_vqgan import VQGANConfig
 from hf_vqgan.training.arguments import ModelArguments, RecipeParser, given
 from hf_vqgan.training.loop import VQGANTrainingConfig, train
+from hf_vqgan.training.plan import rehearse
 
 RECIPES = sorted((Path(__file__).parent.parent / "scripts" / "recipes").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda file: file.stem)
-def test_dry_run(recipe, image_folder, random_trunk, backbone, tmp_path, capsys):
+def test_dry_run(recipe, image_folder, random_trunk, backbone, tmp_path, capsys, monkeypatch):
+    # At their real widths, on small images; two steps are the fewest that tell a time
+    monkeypatch.setattr("hf_vqgan.training.loop.rehearse", functools.partial(rehearse, steps=2))
     replaced = {"dataset_name": image_folder, "output_dir": tmp_path / "run", "disc_backbone": backbone,
-                "mixed_precision": "no", "cpu_threads": 2, "resolution": 64, "train_batch_size": 2}  # fmt: skip
+                "mixed_precision": "no", "cpu_threads": 2, "resolution": 64, "train_batch_size": 1}  # fmt: skip
     flags = [text for name, value in replaced.items() for text in (f"--{name}", str(value))]
     config, model, _ = RecipeParser((VQGANTrainingConfig, ModelArguments)).parse(["--config", str(recipe), *flags])
     trunk = random_trunk / f"{config.perceptual_net}.safetensors"
