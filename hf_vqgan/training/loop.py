@@ -1,4 +1,4 @@
-"""A training run: set-up, the loop around the step, validation, and what ends a run early."""
+"""A training run: the loop around the step, with its log, validation, checkpoints and resumption."""
 
 import contextlib
 import dataclasses
