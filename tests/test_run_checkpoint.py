@@ -120,7 +120,8 @@ def test_overwriting_deletes_runs_with_other_settings_only(tmp_path, capsys):
     other = dataclasses.replace(again, learning_rate=1.0)
     assert open_folder(dataclasses.replace(other, resume_from_checkpoint="latest")) == folder / "checkpoint-5"
     assert "in spite of other settings: learning_rate" in capsys.readouterr().out
-    assert open_folder(again) is None  # its settings were changed by that command
+    assert open_folder(again) == folder / "checkpoint-5"  # nothing was loaded, so nothing has changed
+    assert open_folder(other) is None
     assert {path.name for path in folder.iterdir()} == {"notes.txt", "training_config.yaml", ".lock"}
 
 
@@ -236,6 +237,19 @@ def test_watching_a_run_in_another_way_does_not_change_it(image_folder, random_t
     train(dataclasses.replace(plain, gradient_report_steps=0), model)
     train(dataclasses.replace(plain, **watched, output_dir=str(tmp_path / "watched")), model)
     assert_same_weights(tmp_path / "plain", tmp_path / "watched")
+
+
+def test_settings_that_the_checkpoint_does_not_fit_are_not_the_runs(image_folder, random_trunk, tmp_path, tiny):
+    """After the refusal, the run's own command goes on as before."""
+    config = run_config(image_folder, random_trunk, tmp_path / "run", max_train_steps=2, disc_start=0)
+    train(config, tiny)
+    other = dataclasses.replace(config, use_ema=True, max_train_steps=4, resume_from_checkpoint="latest")
+    with pytest.raises(ValueError, match="it has no 'averages'"):
+        train(other, tiny)
+    assert train(config, tiny)["steps"] == 2
+    train(dataclasses.replace(other, use_ema=False), tiny)
+    with pytest.raises(FileExistsError, match="differs in: max_train_steps"):
+        train(config, tiny)
 
 
 @pytest.mark.parametrize("kind", [VQGANTrainingConfig, LatentDiffusionConfig])

@@ -148,7 +148,8 @@ class RunFolder:
         checkpoint = given or self._latest_whole()
         if asked == "latest" and checkpoint is None:
             print(f"--resume_from_checkpoint latest: no checkpoint in {self.folder} yet, so this is a new run.")
-        write_text(self.folder / CONFIG_FILE, self._settings_yaml())
+        if checkpoint is None:  # else once it is loaded: one that does not fit leaves the run that is there as it was
+            self._write_settings()
         return checkpoint
 
     def _refuse_what_is_no_run(self) -> None:
@@ -226,6 +227,9 @@ class RunFolder:
             if _is_written(path.name) and path.name not in (REPLACED, LOCK_FILE):
                 path.rename(replaced / path.name)
         shutil.rmtree(replaced)
+
+    def _write_settings(self) -> None:
+        write_text(self.folder / CONFIG_FILE, self._settings_yaml())
 
     def _settings_yaml(self) -> str:
         lists = {name: list(value) if isinstance(value, tuple) else value for name, value in self.settings.items()}
@@ -327,7 +331,8 @@ class RunFolder:
 
     def load_checkpoint(self, checkpoint: Path, parts: dict[str, Part]) -> None:
         """
-        Put `parts` and the random generators into the states that a checkpoint of this run holds.
+        Put `parts` and the random generators into the states that a checkpoint of this run holds; from then on, the
+        folder is this run's.
 
         Raises:
             ValueError: if it does not hold them.
@@ -338,6 +343,7 @@ class RunFolder:
             restore_states(parts, states, self.accelerator)
         except ValueError as error:
             raise ValueError(f"cannot resume from {checkpoint}: {error}") from error
+        self._on_main(self._write_settings)
 
     def _save_model(self, model: VQGANModel, folder: Path) -> None:
         resolution = self.config.resolution
