@@ -441,6 +441,18 @@ def test_fine_tuning_starts_from_the_given_model(image_folder, random_trunk, tmp
     assert all(torch.equal(tuned[name], tensor) for name, tensor in tiny_model.state_dict().items())
 
 
+def test_what_does_not_fit_the_model_to_start_from_is_named(image_folder, random_trunk, tmp_path, tiny_model):
+    tiny_model.save_pretrained(tmp_path / "pretrained")
+    config = run_config(image_folder, random_trunk, tmp_path / "run", init_from=str(tmp_path / "pretrained"))
+    message = r"weights of other shapes than this run's, which has num_vq_embeddings=32 \(there 16\)\.$"
+    with pytest.raises(ValueError, match=message):
+        train(config, VQGANConfig(**TINY | {"num_vq_embeddings": 32}))
+    (tmp_path / "pretrained" / "config.json").unlink()  # as in a run's checkpoints
+    with pytest.raises(FileNotFoundError, match="has no config.json, .* not in its checkpoints"):
+        train(config, tiny_model.config)
+    assert not (tmp_path / "run").exists()
+
+
 def test_dry_run_trains_everything_and_leaves_nothing(image_folder, random_trunk, tmp_path, tiny, capsys, monkeypatch):
     """Discriminator and quantizer too, which start later."""
     seen = []
@@ -617,6 +629,7 @@ def test_training_and_evaluation_measure_the_same(image_folder, random_trunk, tm
         ({"init_from": "runs/mine/typo"}, FileNotFoundError, "model 'runs/mine/typo': no such file or folder here"),
         ({"resolution": 16}, ValueError, "resolution=16 is too small for LPIPS with validation_net='alex'.*31 pixels"),
         ({"resume_from_checkpoint": "gone"}, FileNotFoundError, "--resume_from_checkpoint gone: no such folder"),
+        ({"mixed_precision": "fp16"}, ValueError, "mixed_precision='fp16' does not work on device cpu"),
         ({"image_column": "label"}, ValueError, "'label' is not an image column"),
         ({"torch_compile": True, "torch_compile_backend": "typo"}, ValueError, "torch_compile_backend='typo' must be"),
     ],

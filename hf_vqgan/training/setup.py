@@ -4,6 +4,7 @@ import copy
 import functools
 import os
 from collections.abc import Generator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import nn
 
-from ..configuration_vqgan import VQGANConfig
+from ..configuration_vqgan import VQGANConfig, model_fields
 from ..data.datasets import (
     ImageTransform,
     MixedImages,
@@ -42,7 +43,8 @@ Batches = Generator[dict[str, Any], None, None]
 def build_accelerator(config: VQGANTrainingConfig) -> Accelerator:
     """
     Raises:
-        ValueError: for a launch that shards or splits the networks; the step needs each of them whole.
+        ValueError: for a launch that shards or splits the networks; the step needs each of them whole. For fp16 on a
+            device for which Accelerate does without it.
     """
     accelerator = Accelerator(
         mixed_precision=config.mixed_precision,
@@ -51,6 +53,8 @@ def build_accelerator(config: VQGANTrainingConfig) -> Accelerator:
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
     check_distributed_type(accelerator.distributed_type)
+    if config.mixed_precision == "fp16" and not accelerator.native_amp:
+        raise ValueError(f"mixed_precision='fp16' does not work on device {accelerator.device.type}: take bf16 or no.")
     share_cpu_threads(config, accelerator)
     return accelerator
 
@@ -83,6 +87,11 @@ def check_model(config: VQGANTrainingConfig, model_config: VQGANConfig) -> None:
     """
     if config.init_from is not None:
         check_source(config.init_from)
+        if Path(config.init_from).exists() and not (Path(config.init_from) / "config.json").is_file():
+            raise FileNotFoundError(
+                f"init_from={config.init_from!r} has no config.json, so it is not a model's folder. A run's model is in "
+                "the run's own folder, not in its checkpoints; files of other projects: scripts/convert_checkpoint.py."
+            )
     if model_config.encoder_only:
         raise ValueError("encoder_only=True: a model without a decoder reconstructs nothing, so it cannot be trained.")
     for name in ("in_channels", "out_channels"):
@@ -264,7 +273,7 @@ def build_model(config: VQGANTrainingConfig, model_config: VQGANConfig) -> VQGAN
     if config.init_from is None:
         model = VQGANModel(model_config)
     else:
-        model = VQGANModel.from_pretrained(config.init_from, config=model_config, dtype=torch.float32)
+        model = load_model_to_start_from(config.init_from, model_config)
     if config.decoder_only:
         for part in (model.encoder, model.quant_conv, model.quantize):
             part.requires_grad_(False)
@@ -272,6 +281,25 @@ def build_model(config: VQGANTrainingConfig, model_config: VQGANConfig) -> VQGAN
         # transformers 5 has renamed it on the way
         getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
     return model.train().to(memory_format=memory_format(config))
+
+
+def load_model_to_start_from(source: str, model_config: VQGANConfig) -> VQGANModel:
+    """
+    Raises:
+        ValueError: if its weights have other shapes than this run's model.
+    """
+    try:
+        return VQGANModel.from_pretrained(source, config=model_config, dtype=torch.float32)
+    except RuntimeError as error:
+        if "ignore_mismatched_sizes" not in str(error):
+            raise
+        of_source = VQGANConfig.from_pretrained(source)
+        pairs = {name: (getattr(of_source, name), getattr(model_config, name)) for name in model_fields()}
+        changed = ", ".join(f"{name}={new!r} (there {old!r})" for name, (old, new) in pairs.items() if old != new)
+        raise ValueError(
+            f"init_from={source!r}: the model there has weights of other shapes than this run's"
+            f"{', which has ' + changed if changed else ', although their settings are the same'}."
+        ) from error
 
 
 def build_discriminator(config: VQGANTrainingConfig, channels: int) -> nn.Module:
