@@ -21,6 +21,7 @@ from diffusers.models.attention_processor import SpatialNorm
 from diffusers.models.autoencoders.vae import Decoder, DecoderOutput, Encoder, IdentityDistribution
 from diffusers.models.unets.unet_2d_blocks import get_down_block
 from diffusers.utils.accelerate_utils import apply_forward_hook
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
@@ -111,6 +112,21 @@ class VQGANModel(PreTrainedModel):
             self.decoder = build_decoder(config)
         self.use_slicing = self.use_tiling = False
         self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """
+        As in transformers.
+
+        Raises:
+            OSError: also for a file of weights that is damaged.
+        """
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        except SafetensorError as error:
+            raise OSError(
+                f"the weights of {pretrained_model_name_or_path} are damaged ({error}). Copy or download them again."
+            ) from error
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

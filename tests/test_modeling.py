@@ -53,6 +53,15 @@ def test_unquantized_forward(tiny_model, pixels):
     assert not torch.equal(output.sample, tiny_model(pixels).sample)
 
 
+@pytest.mark.parametrize("kept", [0, 4, 1000, -1])
+def test_damaged_weights_are_an_error_that_names_the_folder(tmp_path, tiny_model, kept):
+    tiny_model.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:kept])
+    with pytest.raises(OSError, match=f"the weights of {tmp_path} are damaged"):
+        VQGANModel.from_pretrained(tmp_path)
+
+
 def test_save_and_load_is_exact(tmp_path, tiny_model, pixels):
     tiny_model.save_pretrained(tmp_path)
     assert (tmp_path / "model.safetensors").is_file()

@@ -603,6 +603,20 @@ def test_damaged_manifest_is_passed_over(tmp_path, content):
     assert open_folder(config) == tmp_path / "run" / "checkpoint-3"
 
 
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_complete_run_without_its_model_is_no_success(image_folder, random_trunk, tmp_path, tiny, name):
+    """And the way that the error names does bring it back."""
+    config = run_config(image_folder, random_trunk, tmp_path / "run", max_train_steps=4)
+    train(config, tiny)
+    before = (tmp_path / "run" / name).read_bytes()
+    (tmp_path / "run" / name).unlink()
+    with pytest.raises(ValueError, match=f"the run is complete, but .*{name} is missing"):
+        train(config, tiny)
+    shutil.rmtree(tmp_path / "run" / "checkpoint-4")
+    train(config, tiny)
+    assert (tmp_path / "run" / name).read_bytes() == before
+
+
 def test_damaged_log_and_metrics(tmp_path, tiny, caplog):
     config = made_run(tmp_path / "run", 3)
     row = b'{"step": 1, "l1": 0.5}\n'

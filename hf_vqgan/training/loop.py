@@ -95,6 +95,7 @@ def train(config: VQGANTrainingConfig, model_config: VQGANConfig, dry_run: bool 
         resume(state, run, dataset)
         if state.step >= config.max_train_steps:
             accelerator.print(f"The run in {config.output_dir} is already complete ({state.step} steps).")
+            run.require_model()
             return run.read_metrics()
         if config.report_to:
             settings = {name: str(value) for name, value in public_settings(config).items()}

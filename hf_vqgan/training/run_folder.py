@@ -389,6 +389,18 @@ class RunFolder:
     def has_metrics(self) -> bool:
         return (self.folder / METRICS_FILE).is_file()
 
+    def require_model(self) -> None:
+        """
+        Raises:
+            ValueError: if the complete run's model is missing, with the way to have it again.
+        """
+        for kind, pattern in (("config.json", "config.json"), ("model.safetensors", "model*.safetensors")):
+            if not any(self.folder.glob(pattern)):
+                raise ValueError(
+                    f"the run is complete, but {self.folder / kind} is missing. To have it again, delete the run's "
+                    "last checkpoint and run the same command: it goes on from the one before."
+                )
+
     def read_metrics(self) -> dict:
         """
         Raises:
