@@ -89,8 +89,8 @@ def check_model(config: VQGANTrainingConfig, model_config: VQGANConfig) -> None:
         check_source(config.init_from)
         if Path(config.init_from).exists() and not (Path(config.init_from) / "config.json").is_file():
             raise FileNotFoundError(
-                f"init_from={config.init_from!r} has no config.json, so it is not a model's folder. A run's model is in "
-                "the run's own folder, not in its checkpoints; files of other projects: scripts/convert_checkpoint.py."
+                f"init_from={config.init_from!r} has no config.json, so it is not a model's folder. A run's model is "
+                "in the run's own folder, not in its checkpoints; for other projects' files, see docs/checkpoints.md."
             )
     if model_config.encoder_only:
         raise ValueError("encoder_only=True: a model without a decoder reconstructs nothing, so it cannot be trained.")
