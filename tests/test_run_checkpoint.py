@@ -583,14 +583,17 @@ def test_averages_keep_their_schedule(tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"\xff\xfe", b"a: !!timestamp b", b"[" * 5000])
-def test_damaged_settings_give_one_error(tmp_path, content):
+def test_damaged_settings_give_one_error(tmp_path, monkeypatch, content):
     config = made_run(tmp_path / "run", 3)
     (tmp_path / "run" / "training_config.yaml").write_bytes(content)
     for overwrite in (False, True):  # which must not delete what may be this very run
         with pytest.raises(ValueError, match=r"training_config.yaml is damaged: .*--resume_from_checkpoint latest"):
             open_folder(dataclasses.replace(config, overwrite_output_dir=overwrite))
     asked = dataclasses.replace(config, resume_from_checkpoint="latest")
-    assert open_folder(asked) == tmp_path / "run" / "checkpoint-3"
+    monkeypatch.setattr("hf_vqgan.training.run_folder.restore_states", lambda *args: None)
+    with RunFolder(asked, VQGANConfig(**TINY), Accelerator()) as run:
+        assert run.open() == tmp_path / "run" / "checkpoint-3"
+        run.load_checkpoint(run.folder / "checkpoint-3", {})
     assert open_folder(config) == tmp_path / "run" / "checkpoint-3"  # written anew
 
 
