@@ -1,6 +1,7 @@
 """What may happen to a run's folder between two commands, and what a checkpoint is made of."""
 
 import dataclasses
+import errno
 import json
 import os
 import pickle
@@ -201,6 +202,19 @@ def test_two_runs_in_one_folder_are_noticed(tmp_path):
         process.communicate()
     assert open_folder(VQGANTrainingConfig(**fields)) is None
     assert open_folder(VQGANTrainingConfig(**fields)) is None  # our own lock has gone, too
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK])
+def test_file_systems_without_locks_get_a_warning(tmp_path, monkeypatch, caplog, number):
+    """Some clusters' have none. That must not keep anybody from training there."""
+
+    def no_locks(*args):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    assert open_folder(VQGANTrainingConfig("user/images", max_train_steps=9, output_dir=str(tmp_path / "run"))) is None
+    assert "run has no locks" in caplog.text
+    assert (tmp_path / "run" / "training_config.yaml").is_file()
 
 
 @pytest.mark.parametrize("umask, expected", [(0o022, 0o644), (0o007, 0o660)])

@@ -1,6 +1,7 @@
 """A run's output folder: which run it holds, its log, reports, pictures and checkpoints."""
 
 import contextlib
+import errno
 import fnmatch
 import hashlib
 import inspect
@@ -48,6 +49,7 @@ METRICS_FILE = "metrics.json"
 MANIFEST_FILE = "manifest.json"
 LOCK_FILE = ".lock"
 REPLACED = ".replaced"  # a subfolder: what is in it is being deleted
+NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)  # what file systems without locks answer
 LOCK_PATIENCE = 10.0  # seconds in which the data loaders of a process that was killed have ended
 
 # What runs, trackers and evaluations write at the top of a run's folder: what --overwrite_output_dir may delete.
@@ -184,7 +186,9 @@ class RunFolder:
                 f"{self.folder} is in use by a run that has not ended: {holder}. Wait for it or end it, or choose "
                 "another --output_dir."
             ) from None
-        except NotImplementedError:
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
             logger.warning("The file system of %s has no locks: see to it that one run at a time uses it.", self.folder)
             return
         file.write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
