@@ -10,7 +10,8 @@ The dataset holds images, or what encode_dataset.py made of them. Values come fr
 hf_vqgan/generation/diffusion.py, overridden by a recipe (--config), by flags. The same command again resumes.
 """
 
-from hf_vqgan.generation.diffusion import LatentDiffusionConfig, train_latent_diffusion
+from hf_vqgan.generation.denoisers import LatentDiffusionConfig
+from hf_vqgan.generation.diffusion import train_latent_diffusion
 from hf_vqgan.training.arguments import RecipeParser, errors_in_one_line
 
 

@@ -15,7 +15,8 @@ from pathlib import Path
 from hf_vqgan import VQGANConfig
 from hf_vqgan.files.sources import check_source
 from hf_vqgan.training.arguments import ModelArguments, RecipeParser, errors_in_one_line, given
-from hf_vqgan.training.loop import VQGANTrainingConfig, train
+from hf_vqgan.training.configuration import VQGANTrainingConfig
+from hf_vqgan.training.tokenizer import train
 
 RECIPES = Path(__file__).parent / "recipes"
 

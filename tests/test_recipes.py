@@ -8,8 +8,9 @@ import pytest
 
 from hf_vqgan import VQGANConfig
 from hf_vqgan.training.arguments import ModelArguments, RecipeParser, given
-from hf_vqgan.training.loop import VQGANTrainingConfig, train
+from hf_vqgan.training.configuration import VQGANTrainingConfig
 from hf_vqgan.training.plan import rehearse
+from hf_vqgan.training.tokenizer import train
 
 RECIPES = sorted((Path(__file__).parent.parent / "scripts" / "recipes").glob("*.yaml"))
 

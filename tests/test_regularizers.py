@@ -14,7 +14,8 @@ from hf_vqgan.losses.image_losses import adversarial_loss
 from hf_vqgan.losses.regularizers import FeatureAlignment, SpatialTransform, add_noise, draw_transform
 from hf_vqgan.training.configuration import VQGANTrainingConfig
 from hf_vqgan.training.gradient_flow import measure_gradients
-from hf_vqgan.training.setup import build_accelerator, build_state, load_lpips
+from hf_vqgan.training.networks import build_state, load_lpips
+from hf_vqgan.training.setup import build_accelerator
 from hf_vqgan.training.step import TrainState, training_step
 
 

@@ -25,9 +25,9 @@ from ..data.datasets import (
     to_pixel_values,
 )
 from ..files.documents import read_mapping, write_text
+from ..files.options import check_values, option
 from ..files.sources import check_source
 from ..modeling_vqgan import VQGANModel
-from ..training.configuration import check_values, option
 from ..training.setup import share_cpu_threads
 
 logger = logging.getLogger(__name__)

@@ -6,6 +6,7 @@ import math
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from accelerate import Accelerator
@@ -30,17 +31,16 @@ from ..losses.image_losses import (
 from ..losses.regularizers import FeatureAlignment, SpatialTransform, add_noise, draw_transform
 from ..measurement.metrics import CodebookHealth, DiscriminatorHealth, LatentStatistics, gather_rows
 from ..modeling_vqgan import VQGANModel, VQGANOutput
-from .configuration import VQGANTrainingConfig
+from .optimization import clip_gradient, step_optimizers
+from .task import RunState, StepOutput
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass
-class TrainState:
-    """What a run consists of. `model` and `discriminator` are as Accelerate prepared them (DDP with many processes)."""
+class TrainState(RunState):
+    """A tokenizer's run. `model` and `discriminator` are as Accelerate prepared them (DDP with many processes)."""
 
-    config: VQGANTrainingConfig
-    accelerator: Accelerator
     model: nn.Module
     discriminator: nn.Module | None
     perceptual: LPIPS | None
@@ -53,13 +53,6 @@ class TrainState:
     ema: EMAModel | None = None  # averages of the model's parameters
     alignment: FeatureAlignment | None = None  # as Accelerate prepared it
     lecam_anchors: tuple[float, float] | None = None  # moving averages of the real and the fake logits
-    step: int = 0  # optimizer steps done, skipped ones included
-    nonfinite_steps: int = 0  # of these, skipped
-    nonfinite_in_a_row: int = 0
-    seconds: float = 0.0  # of training, over all interruptions
-    unreadable: int = 0  # training samples whose own image could not be read, over all epochs
-    unreadable_images: dict[str, None] = field(default_factory=dict)  # the names of these images, each once
-    upscaled: int = 0  # training samples from images that had to be enlarged
     warned_of_codebook: bool = False
     warned_of_discriminator: bool = False
     latents: LatentStatistics | None = None  # measured when training is over
@@ -121,19 +114,20 @@ class TrainState:
             weights["disc_r1"] = self.config.r1_weight / 2 * self.config.r1_interval
         return weights
 
-    COUNTERS = ("step", "nonfinite_steps", "nonfinite_in_a_row", "seconds", "unreadable", "unreadable_images",
-                "upscaled", "warned_of_codebook", "warned_of_discriminator", "lecam_anchors")  # fmt: skip
+    COUNTERS: ClassVar[tuple[str, ...]] = (
+        *RunState.COUNTERS,
+        "warned_of_codebook",
+        "warned_of_discriminator",
+        "lecam_anchors",
+    )
 
     def state_dict(self) -> dict:
-        counters = {name: getattr(self, name) for name in self.COUNTERS}
-        return counters | {"health": self.health.state_dict(), "disc_health": self.disc_health.state_dict()}
+        return super().state_dict() | {"health": self.health.state_dict(), "disc_health": self.disc_health.state_dict()}
 
     def load_state_dict(self, state: dict) -> None:
+        super().load_state_dict(state)
         self.health.load_state_dict(state["health"])
         self.disc_health.load_state_dict(state["disc_health"])
-        state = {"unreadable_images": {}} | state  # earlier checkpoints have no names of them
-        for name in self.COUNTERS:
-            setattr(self, name, state[name])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -141,28 +135,25 @@ class TrainState:
 
 
 @dataclass
-class StepOutput:
+class TokenizerStepOutput(StepOutput):
     """
     Args:
-        losses (`dict[str, float]`): Every term, unweighted, averaged over micro-batches and processes.
         watched (`dict[str, float]`): How the game stands, empty before it starts. Means of real and fake logits
             (`logits_real`, `logits_fake`), shares on their right side of 0 (`disc_real_accuracy`,
             `disc_fake_accuracy`), and `gradient_ratio` = |λ w g_adv| / |g_rec| at the reconstruction.
         indices (`Tensor`): Codes of this process's images, `(M*B, h, w)` or `(M*B, h, w, n)`.
         latents (`Tensor`): Latents of this process's images, detached, `(M*B, D, h, w)`.
         adaptive_weight (`float`): λ; 0 while the discriminator is off.
-        grad_norm, disc_grad_norm (`float`): Norms before clipping.
-        nonfinite (`tuple[str, ...]`): Losses and norms that are NaN or infinite. If any, no weight has changed.
+        disc_grad_norm (`float`): Norm of the discriminator's gradient before clipping.
+        restarted_codes (`int`): How many dead codes were restarted after the step.
     """
 
-    losses: dict[str, float]
     watched: dict[str, float]
     indices: Tensor
     latents: Tensor
     adaptive_weight: float
-    grad_norm: float
     disc_grad_norm: float
-    nonfinite: tuple[str, ...] = ()
+    restarted_codes: int = 0
 
 
 @dataclass
@@ -176,7 +167,7 @@ class ImageGradients:
     watched: dict[str, Tensor] = field(default_factory=dict)
 
 
-def training_step(state: TrainState, micro_batches: list[Tensor]) -> StepOutput:
+def training_step(state: TrainState, micro_batches: list[Tensor]) -> TokenizerStepOutput:
     r"""
     One optimizer step of both networks on a list of micro-batches `(B, 3, H, W)` in [-1, 1].
 
@@ -243,7 +234,16 @@ def training_step(state: TrainState, micro_batches: list[Tensor]) -> StepOutput:
         if not nonfinite:
             move_lecam_anchors(state, watched)
     state.step += 1
-    return StepOutput(means, watched, torch.cat(indices), torch.cat(latents), applied, **norms, nonfinite=nonfinite)
+    return TokenizerStepOutput(
+        losses=means,
+        watched=watched,
+        indices=torch.cat(indices),
+        latents=torch.cat(latents),
+        adaptive_weight=applied,
+        grad_norm=norms["grad_norm"],
+        disc_grad_norm=norms["disc_grad_norm"],
+        nonfinite=nonfinite,
+    )
 
 
 def loss_scale(accelerator: Accelerator) -> float:
@@ -409,30 +409,16 @@ def clip_gradients(state: TrainState) -> dict[str, float]:
     limits = (config.max_grad_norm, disc_limit)
     for name, optimizer, limit in zip(norms, (state.optimizer, state.disc_optimizer), limits, strict=True):
         if name == "grad_norm" or state.adversarial:
-            if state.accelerator.scaler is not None:
-                state.accelerator.scaler.unscale_(optimizer)
-            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-            norms[name] = float(torch.nn.utils.clip_grad_norm_(parameters, limit or math.inf))
+            norms[name] = clip_gradient(state.accelerator, optimizer, limit)
     return norms
 
 
 def update_weights(state: TrainState, apply: bool) -> None:
-    """
-    Both optimizers and their schedules, if `apply`; and the end of this step's gradients.
-
-    The optimizers are plain ones, since Accelerate's would update the fp16 scale after each of the two.
-    """
-    scaler = state.accelerator.scaler
-    networks = [(state.optimizer, state.scheduler)]
+    """Both optimizers and their schedules, if `apply`; and the end of this step's gradients."""
+    optimizers = [(state.optimizer, state.scheduler)]
     if state.adversarial:
-        networks.append((state.disc_optimizer, state.disc_scheduler))
-    for optimizer, schedule in networks:
-        if apply:
-            optimizer.step() if scaler is None else scaler.step(optimizer)
-            schedule.step()
-        optimizer.zero_grad()
-    if scaler is not None:
-        scaler.update()
+        optimizers.append((state.disc_optimizer, state.disc_scheduler))
+    step_optimizers(state.accelerator, optimizers, apply)
 
 
 def _no_sync_unless(accelerator: Accelerator, last: bool, model: nn.Module | None):
@@ -477,7 +463,7 @@ def initialize_codebook(state: TrainState, batches: Iterator[dict], vectors_per_
         move_average(state, parameter, torch.ones(len(parameter), dtype=torch.bool))
 
 
-def update_codebook(state: TrainState, output: StepOutput) -> int:
+def update_codebook(state: TrainState, output: TokenizerStepOutput) -> int:
     """
     What a step does to the codes besides gradients: moving averages, and the restart of dead codes on current latents.
 
