@@ -1,6 +1,5 @@
 """Denoisers of latents: networks, noise schedules, and the loss that trains them."""
 
-import random
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +14,7 @@ from diffusers import (
 from diffusers.models.embeddings import LabelEmbedding
 from torch import Tensor, nn
 
+from ..data.randomness import torch_rng
 from ..files.options import check_values, option
 from ..pipelines import predict
 from .generator import GeneratorOptions
@@ -159,8 +159,7 @@ def draw(numbers: Tensor, shape: tuple[int, ...], config: LatentDiffusionConfig)
     """
     noise, levels, dropped = [], [], []
     for number in numbers.tolist():
-        # Hashed: torch's generator takes 32 bits of its seed, so sums of seed and number would meet.
-        generator = torch.Generator().manual_seed(random.Random(f"{config.seed} {number}").getrandbits(32))
+        generator = torch_rng(config.seed, "denoising", number)
         noise.append(torch.randn(shape, generator=generator))
         if config.timestep_sampling == "logit_normal":  # https://huggingface.co/papers/2403.03206
             levels.append(torch.randn((), generator=generator).sigmoid())

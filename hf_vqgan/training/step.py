@@ -3,7 +3,6 @@
 import contextlib
 import logging
 import math
-import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import get_device_states, set_device_states
 
+from ..data.randomness import rng, torch_rng
 from ..losses.discriminators import diff_augment, draw_augmentations
 from ..losses.image_losses import (
     LPIPS,
@@ -265,9 +265,10 @@ def generate(state: TrainState, pixels: Tensor, number: int, model: nn.Module | 
         if transform is not None:
             latents = transform(latents)
         if config.latent_noise_std:
-            first = (number * state.accelerator.num_processes + state.accelerator.process_index) * len(pixels)
-            places = range(first, first + len(pixels))
-            latents = add_noise(latents, config.latent_noise_std, [f"{config.seed} {state.step} {i}" for i in places])
+            first = state.step * state.global_batch + place_in_batch(state, number, len(pixels))
+            numbers = range(first, first + len(pixels))
+            generators = [torch_rng(config.seed, "latent noise", sample) for sample in numbers]
+            latents = add_noise(latents, config.latent_noise_std, generators)
         return latents
 
     changed = transform is not None or config.latent_noise_std
@@ -275,6 +276,14 @@ def generate(state: TrainState, pixels: Tensor, number: int, model: nn.Module | 
         output = model(pixels, force_not_quantize=not state.quantizing, latent_transform=change if changed else None)
     output.sample = at_least_float32(output.sample)
     return output
+
+
+def place_in_batch(state: TrainState, number: int, size: int) -> int:
+    """
+    Where in a step's whole batch this process's micro-batch `number`, of `size` samples, begins. What is random about a
+    sample is a function of its place, so it is the same for any number of processes and micro-batches.
+    """
+    return (number * state.accelerator.num_processes + state.accelerator.process_index) * size
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:
@@ -287,10 +296,13 @@ def spatial_transform(state: TrainState, pixels: Tensor) -> SpatialTransform | N
     if not config.equivariance_share:
         return None
     pixels_needed = max(16, state.perceptual.min_side if state.perceptual is not None else 0)
-    rng = random.Random(f"{config.seed} {state.step}")
     sides = pixels.shape[2] // factor
     return draw_transform(
-        config.equivariance_transforms, config.equivariance_share, sides, -(-pixels_needed // factor), rng
+        config.equivariance_transforms,
+        config.equivariance_share,
+        sides,
+        -(-pixels_needed // factor),
+        rng(config.seed, "equivariance", state.step),
     )
 
 
@@ -339,7 +351,9 @@ def image_gradients(state: TrainState, sample: Tensor, pixels: Tensor, number: i
         return ImageGradients(terms, reconstruction)
 
     real = pixels.detach().requires_grad_(state.penalizing)
-    shown_real, shown_fake = (augment(state, images, number, count, salt) for salt, images in enumerate((real, x_hat)))
+    shown_real, shown_fake = (
+        augment(state, images, number, count, kind) for kind, images in (("real", real), ("fake", x_hat))
+    )
     fake_logits = state.discriminator(shown_fake)
     terms["adversarial"] = adversarial_loss(fake_logits, config.adversarial_loss)
     (adversarial,) = torch.autograd.grad(terms["adversarial"] * scale, x_hat, retain_graph=True)
@@ -371,17 +385,17 @@ def image_gradients(state: TrainState, sample: Tensor, pixels: Tensor, number: i
     return ImageGradients(terms | disc_terms, reconstruction, adversarial, last_layer, watched)
 
 
-def augment(state: TrainState, images: Tensor, number: int, count: int, salt: int) -> Tensor:
+def augment(state: TrainState, images: Tensor, number: int, count: int, kind: str) -> Tensor:
     """
-    `diff_augment` for micro-batch `number` of `count`. The draws are a function of (seed, step) and of an image's place
-    in the whole batch, so any number of processes sees the same.
+    `diff_augment` for micro-batch `number` of `count`, of `kind` "real" or "fake". The draws are a function of
+    (seed, step) and of an image's place in the whole batch, so any number of processes sees the same.
     """
     config, accelerator = state.config, state.accelerator
     if not config.diff_augment:
         return images
-    generator = torch.Generator().manual_seed((config.seed * 1_000_003 + state.step) * 2 + salt)
+    generator = torch_rng(config.seed, f"augment {kind}", state.step)
     draws = draw_augmentations(len(images) * count * accelerator.num_processes, generator)
-    first = (number * accelerator.num_processes + accelerator.process_index) * len(images)
+    first = place_in_batch(state, number, len(images))
     mine = {name: rows[first : first + len(images)] for name, rows in draws.items()}
     return diff_augment(images, config.diff_augment, mine)
 
@@ -457,7 +471,7 @@ def initialize_codebook(state: TrainState, batches: Iterator[dict], vectors_per_
             whole_steps = number % state.config.gradient_accumulation_steps == 0
             if whole_steps and have >= vectors_per_code * quantizer.num_codes:
                 break
-    quantizer.initialize_codebook(torch.cat(rows), torch.Generator().manual_seed(state.config.seed))
+    quantizer.initialize_codebook(torch.cat(rows), torch_rng(state.config.seed, "codebook"))
     broadcast(quantizer)
     for parameter in quantizer.codebook_parameters():
         move_average(state, parameter, torch.ones(len(parameter), dtype=torch.bool))
@@ -488,7 +502,7 @@ def update_codebook(state: TrainState, output: TokenizerStepOutput) -> int:
     # (processes, micro-batches, ...) to the order in which one process would have seen them
     vectors = flat_vectors(output.latents).unflatten(0, (1, config.gradient_accumulation_steps, -1))
     vectors = gather_rows(vectors).transpose(0, 1).flatten(0, 2)
-    generator = torch.Generator().manual_seed(config.seed * 1_000_003 + state.step)
+    generator = torch_rng(config.seed, "restart", state.step)
     restarted = quantizer.restart_codes(dead.to(vectors.device), vectors, generator)
     broadcast(quantizer)
     for parameter, rows in zip(parameters, restarted.view(len(parameters), -1), strict=True):
