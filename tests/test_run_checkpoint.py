@@ -324,7 +324,7 @@ def test_resuming_an_earlier_checkpoint_keeps_what_it_writes(tmp_path, tiny):
     "config",
     [
         VQGANTrainingConfig("user/images", hub_token="hf_secret"),
-        LatentDiffusionConfig("user/model", "user/images", hub_token="hf_secret"),
+        LatentDiffusionConfig(vqgan="user/model", dataset_name="user/images", hub_token="hf_secret"),
         EncodingConfig(hub_token="hf_secret"),
     ],
     ids=lambda config: type(config).__name__,

@@ -103,7 +103,8 @@ def take_steps(task: Task, run: RunFolder, loader: WaitClock, notice: Preemption
             run.log(row)
             task.check_health()
             progress.set_postfix({name: f"{row[name]:.3g}" for name in task.shown if name in row})
-        if news := task.report(run, output, last):
+        news = task.report(run, output, last)
+        if news and accelerator.is_main_process:
             progress.write(news)
         preempted = notice.received and not last
         saving = due(state.step, config.checkpointing_steps) or last
