@@ -1,5 +1,6 @@
 """Command lines: dataclass defaults, overridden by a YAML recipe, overridden by flags."""
 
+import argparse
 import contextlib
 import datetime
 import difflib
@@ -20,6 +21,7 @@ from ..configuration_vqgan import VQGANConfig, model_fields
 from ..files.sources import HTTPError
 from .configuration import VQGANTrainingConfig
 from .interruption import INTERRUPTED_EXIT_CODE, CodebookCollapse, Preempted
+from .recipes import find_recipe
 
 # What users can mend, and get told in one line. Whatever else is raised is a bug, whose traceback is wanted.
 USER_ERRORS = (
@@ -77,22 +79,27 @@ def _model_arguments() -> type:
 ModelArguments = _model_arguments()
 
 
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Each flag's default, and the description's lines as they are."""
+
+
 class RecipeParser(HfArgumentParser):
     """
-    Parses dataclasses from `--config RECIPE.yaml` and flags: dataclass default < recipe < flag.
+    Parses dataclasses from `--config RECIPE` and flags: dataclass default < recipe < flag. RECIPE is a YAML file, or the
+    name of a recipe that comes with the package.
 
     What a recipe says of its dataset (`describes_dataset` in `option`) goes when `dataset_name` names another one. An
     unknown flag or recipe key ends the program with its nearest known name.
     """
 
-    def __init__(self, dataclass_types: Sequence[type], default_recipe: Path | None = None, **kwargs):
+    def __init__(self, dataclass_types: Sequence[type], default_recipe: str | Path | None = None, **kwargs):
         self.fields = {item.name: item.metadata for kind in dataclass_types for item in fields(kind)}
-        super().__init__(dataclass_types, allow_abbrev=False, **kwargs)
+        super().__init__(dataclass_types, allow_abbrev=False, formatter_class=_HelpFormatter, **kwargs)
         self.default_recipe = default_recipe
         self.add_argument(
             "--config",
             default=None if default_recipe is None else str(default_recipe),
-            help="YAML file with values for the flags below; `none` for no file. Default: %(default)s.",
+            help="YAML file, or recipe by name, with values for these flags; `none` for neither.",
         )
 
     def add_argument(self, *names, **kwargs):
@@ -105,7 +112,7 @@ class RecipeParser(HfArgumentParser):
         """One instance per dataclass, then a namespace with the flags that belong to none."""
         argv = list(sys.argv[1:] if argv is None else argv)
         config = self._config_path(argv)
-        recipe = {} if config in (None, "none") else self._read_recipe(Path(config))
+        recipe = {} if config in (None, "none") else self._read_recipe(config)
         named, dataset = _last_value(argv, "dataset_name"), recipe.get("dataset_name")
         if dataset is not None and named not in (None, dataset):
             recipe = {key: value for key, value in recipe.items() if not self.fields[key].get("describes_dataset")}
@@ -115,7 +122,8 @@ class RecipeParser(HfArgumentParser):
             [*_as_flags(recipe), f"--config={config}", *argv], look_for_args_file=False, return_remaining_strings=True
         )
         if unknown:
-            self.error(self._suggest(f"unknown argument {unknown[0]!r}", unknown[0]))
+            name = unknown[0].partition("=")[0]  # without the value, which may be a secret
+            self.error(self._suggest(f"unknown argument {name!r}", name))
         return tuple(parsed)
 
     def error(self, message: str):
@@ -128,9 +136,11 @@ class RecipeParser(HfArgumentParser):
             return None  # the default recipe describes a model, and how to start it
         return self.get_default("config")
 
-    def _read_recipe(self, file: Path) -> dict:
-        if not file.is_file():
-            self.error(f"--config {file}: no such file.")
+    def _read_recipe(self, name: str) -> dict:
+        try:
+            file = find_recipe(name)
+        except FileNotFoundError as error:
+            self.error(f"--config {error}")
         try:
             recipe = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
         except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
@@ -152,12 +162,12 @@ class RecipeParser(HfArgumentParser):
             self.error(f"{place}: expected {expected}, found {value!r}.")
 
     def _suggest(self, message: str, flag: str) -> str:
-        close = difflib.get_close_matches(flag.partition("=")[0], self._option_string_actions, 1)
+        close = difflib.get_close_matches(flag, self._option_string_actions, 1)
         return message + (f"; did you mean {close[0]}?" if close else "; --help lists all flags.")
 
 
 def flags_page() -> str:
-    """docs/flags.md: every flag of `train_vqgan.py` with its default and meaning, as the dataclasses have them."""
+    """docs/flags.md: every flag of `hf-vqgan train` with its default and meaning, as the dataclasses have them."""
 
     def table(rows) -> list[str]:
         return ["| flag | default | meaning |", "|---|---|---|", *(f"| `--{' | '.join(row)} |" for row in rows), ""]
@@ -168,7 +178,7 @@ def flags_page() -> str:
     training, model = ({item.name: item for item in fields(kind)} for kind in (VQGANTrainingConfig, VQGANConfig))
     defaults = VQGANTrainingConfig(dataset_name="-")
     lines = [
-        "# All flags of train_vqgan.py",
+        "# All flags of hf-vqgan train",
         "",
         "Written by `python -m hf_vqgan.training.arguments > docs/flags.md`; a test keeps it so. Recipes (`--config`)",
         "have the same names. Booleans are given as `--random_flip false`, lists as `--block_out_channels 64 128`.",

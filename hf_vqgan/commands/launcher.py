@@ -1,0 +1,137 @@
+"""Several processes for a command of `hf-vqgan`, started by Accelerate's own launcher with Accelerate's own flags."""
+
+import argparse
+import contextlib
+import logging
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NoReturn
+
+import psutil
+import torch
+from accelerate.commands.config import default_config_file, load_config_from_file
+from accelerate.commands.launch import launch_command, launch_command_parser
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+from ..data.datasets import notices
+from ..training.arguments import RecipeParser, errors_in_one_line
+
+# Flags of `accelerate launch` that say what to start, which is settled here.
+SETTLED = ("--help", "--module", "--no_python", "--no-python")
+# Set for a process that `accelerate launch`, torchrun or this module has started.
+LAUNCHED = ("LOCAL_RANK", "ACCELERATE_MIXED_PRECISION")
+
+
+def launch_if_wanted(command: str, parser: RecipeParser, started_as: str) -> None:
+    """
+    Run a command, whose flags are in sys.argv, in processes of its own and end this one with their exit code; or return,
+    if this process is to run it itself: one of those processes already, or the only one.
+
+    The launcher's flags, other files' defaults (`accelerate config`) and several GPUs each ask for a launch.
+
+    Args:
+        command (`str`): As on the command line.
+        parser (`RecipeParser`): What the command's flags are parsed by. One that the launcher has, too, is the command's.
+        started_as (`str`): sys.argv[0] as Python had it.
+    """
+    if any(name in os.environ for name in LAUNCHED):
+        return
+    launch_parser = launch_command_parser()
+    launch_parser.error = parser.error  # in one line
+    launch_flags, flags = split_flags(sys.argv[1:], launch_parser, parser)
+    if not launch_flags and not os.path.isfile(default_config_file) and torch.cuda.device_count() < 2:
+        return
+    with errors_in_one_line():
+        parser.parse(flags)  # said once, and before anything is started
+        script, is_module = (started_as, False) if Path(started_as).name == "hf-vqgan" else ("hf_vqgan", True)
+        arguments = launch_parser.parse_args([*launch_flags, script, command, *flags])
+        arguments.module = is_module
+        _fill_in(arguments, launch_parser)
+        _launch(arguments)
+
+
+def split_flags(
+    argv: list[str], launch_parser: argparse.ArgumentParser, parser: argparse.ArgumentParser
+) -> tuple[list[str], list[str]]:
+    """The launcher's flags with their values, and everything else."""
+    known = launch_parser._option_string_actions.keys() - parser._option_string_actions.keys() - set(SETTLED)
+    launch_flags, others = [], []
+    waiting = iter(argv)
+    for text in waiting:
+        flag, equals, _ = text.partition("=")
+        if not flag.startswith("--") or flag not in known:
+            others.append(text)
+            continue
+        launch_flags.append(text)
+        if not equals and launch_parser._option_string_actions[flag].nargs != 0:
+            launch_flags += [value for value in [next(waiting, None)] if value is not None]
+    return launch_flags, others
+
+
+def _fill_in(arguments: argparse.Namespace, launch_parser: argparse.ArgumentParser) -> None:
+    """What the launcher would guess with a warning, or wrongly: on CPU it starts one process, however many are asked for."""
+    configured = arguments.config_file is not None or os.path.isfile(default_config_file)
+    defaults = load_config_from_file(arguments.config_file) if configured else None
+    if arguments.num_processes is not None and arguments.num_processes < 1:
+        launch_parser.error(f"argument --num_processes: must be at least 1, found {arguments.num_processes}")
+    gpus = torch.cuda.device_count()
+    processes = arguments.num_processes or getattr(defaults, "num_processes", None) or max(1, gpus)
+    machines = arguments.num_machines or getattr(defaults, "num_machines", None) or 1
+    on_cpu = arguments.cpu or getattr(defaults, "use_cpu", False) or not torch.accelerator.is_available()
+    if on_cpu and processes > 1 and arguments.mpirun_hostfile is None:
+        os.environ["ACCELERATE_USE_CPU"] = "true"
+        arguments.cpu, arguments.multi_gpu = False, True  # that is, torch's launcher, here with gloo
+    if defaults is None:
+        arguments.num_processes, arguments.num_machines = processes, machines
+        arguments.mixed_precision = arguments.dynamo_backend = "no"
+        others = arguments.cpu, arguments.tpu, arguments.use_deepspeed, arguments.use_fsdp, arguments.use_megatron_lm
+        arguments.multi_gpu |= processes > 1 and not any(others)
+    if machines == 1 and not (arguments.main_process_port or getattr(defaults, "main_process_port", None)):
+        arguments.main_process_port = 0  # a free one, so that runs can be neighbours
+    # Workers save and end by themselves. The launcher's own handling gives them 30 seconds and hides their exit code.
+    arguments.signals_to_handle = ",".join(name for name in ("SIGHUP", "SIGQUIT") if hasattr(signal, name))
+
+
+def _launch(arguments: argparse.Namespace) -> NoReturn:
+    """Start the processes, wait for them, and end with the exit code of the first that failed."""
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # a worker's last line says it all
+    code = 0
+    try:
+        with _notices_to_workers():
+            launch_command(arguments)
+    except ChildFailedError as error:
+        code = error.get_first_failure()[1].exitcode
+    except subprocess.CalledProcessError as error:
+        code = error.returncode
+    except SignalException as error:
+        code = -error.sigval
+    if code < 0:
+        name = signal.Signals(-code).name
+        print(f"{Path(sys.argv[0]).name}: ended by {name}.", file=sys.stderr)
+        code = 128 - code  # as shells have it
+    sys.exit(code)
+
+
+@contextlib.contextmanager
+def _notices_to_workers() -> Iterator[None]:
+    """Pass on what asks a run to save and stop. Without a worker yet, it ends this process."""
+
+    def pass_on(number: int, frame) -> None:
+        workers = psutil.Process().children()
+        if not workers:
+            raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
+        for worker in workers:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                worker.send_signal(number)
+
+    previous = {number: signal.signal(number, pass_on) for number in notices()}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
