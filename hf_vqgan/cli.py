@@ -6,6 +6,7 @@ What takes long to import is imported once it is needed: lists, help and typing 
 
 import difflib
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 from typing import NamedTuple, NoReturn
@@ -28,8 +29,8 @@ class Command(NamedTuple):
     needs_library: bool = True
 
 
-# `train-diffusion` is hf_vqgan/commands/train_diffusion.py: a module with `main()`, and with `make_parser()` if it can run
-# in several processes.
+# `train-diffusion` is hf_vqgan/commands/train_diffusion.py: a module with `main()`, and with `make_parser()` if it can
+# run in several processes.
 COMMANDS = {
     "train": Command("Train a VQ-GAN.", processes=True),
     "evaluate": Command("Measure how well models reconstruct a dataset.", processes=True),
@@ -88,5 +89,9 @@ def _run(name: str, *argv: str) -> None:
             launcher.launch_if_wanted(name, module.make_parser(), started_as)
         module.main()
     except KeyboardInterrupt:  # while importing; once a command is at work, it says so itself
-        print(f"{PROGRAM} {name}: stopped by Ctrl-C.", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{PROGRAM} {name}: stopped by Ctrl-C.", file=sys.stderr)
         sys.exit(130)
+    except BrokenPipeError:  # whoever reads the output, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)

@@ -7,8 +7,8 @@ Measure how well models reconstruct a dataset, beside JPEG and WebP at the same 
 
 MODEL is a VQGANModel, a diffusers AutoencoderKL or VQModel, or any checkpoint that VQGANModel.from_original reads: a
 folder, a file, or owner/name[/folder][@revision] on the Hub. DATASET comes last, as load_dataset takes it. Writes
-evaluation.json, evaluation.md and comparison.png. What the figures mean: docs/evaluation.md. Flags of `accelerate launch`,
-such as --num_processes, are taken, too.
+evaluation.json, evaluation.md and comparison.png. What the figures mean: docs/evaluation.md. Flags of
+`accelerate launch`, such as --num_processes, are taken, too.
 """
 
 from pathlib import Path

@@ -29,14 +29,15 @@ LAUNCHED = ("LOCAL_RANK", "ACCELERATE_MIXED_PRECISION")
 
 def launch_if_wanted(command: str, parser: RecipeParser, started_as: str) -> None:
     """
-    Run a command, whose flags are in sys.argv, in processes of its own and end this one with their exit code; or return,
-    if this process is to run it itself: one of those processes already, or the only one.
+    Run a command, whose flags are in sys.argv, in processes of its own, and end this one with their exit code; or
+    return, if this process is to run it itself: as the only one, or because it is one of several already.
 
-    The launcher's flags, other files' defaults (`accelerate config`) and several GPUs each ask for a launch.
+    A launch is asked for by any flag of the launcher, by a file that `accelerate config` has written, or by several
+    GPUs.
 
     Args:
         command (`str`): As on the command line.
-        parser (`RecipeParser`): What the command's flags are parsed by. One that the launcher has, too, is the command's.
+        parser (`RecipeParser`): Parses the command's flags. One that the launcher has as well is the command's.
         started_as (`str`): sys.argv[0] as Python had it.
     """
     if any(name in os.environ for name in LAUNCHED):
@@ -74,7 +75,7 @@ def split_flags(
 
 
 def _fill_in(arguments: argparse.Namespace, launch_parser: argparse.ArgumentParser) -> None:
-    """What the launcher would guess with a warning, or wrongly: on CPU it starts one process, however many are asked for."""
+    """What the launcher would guess with a warning, or wrongly: on CPU, it starts one process of the two asked for."""
     configured = arguments.config_file is not None or os.path.isfile(default_config_file)
     defaults = load_config_from_file(arguments.config_file) if configured else None
     if arguments.num_processes is not None and arguments.num_processes < 1:

@@ -7,8 +7,8 @@ Train a VQ-GAN.
     hf-vqgan train --num_processes 2 --dataset_name user/images       # and other flags of `accelerate launch`
     hf-vqgan train --dry_run                                          # check everything, train nothing
 
-Values come from the dataclasses in hf_vqgan/, overridden by the recipe, overridden by flags. `hf-vqgan recipes` lists the
-recipes. The same command again resumes.
+Values come from the dataclasses in hf_vqgan/, overridden by the recipe, overridden by flags. `hf-vqgan recipes` lists
+the recipes. The same command again resumes.
 """
 
 from ..configuration_vqgan import VQGANConfig

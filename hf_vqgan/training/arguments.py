@@ -4,8 +4,10 @@ import argparse
 import contextlib
 import datetime
 import difflib
+import os
 import re
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import field as dataclass_field
 from dataclasses import fields, make_dataclass
@@ -13,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import torch
 import yaml
 from huggingface_hub.errors import StrictDataclassError
 from transformers import HfArgumentParser
@@ -42,16 +45,32 @@ def errors_in_one_line() -> Iterator[None]:
     room and with 130 for one that Ctrl-C has ended.
     """
     program = Path(sys.argv[0]).name
+    is_first = int(os.environ.get("RANK", 0)) == 0
     try:
         yield
     except USER_ERRORS as error:
+        if not is_first:
+            _wait_to_be_ended()  # the first process says it
         sys.exit(f"{program}: error: {' '.join(str(error).split())}")
     except Preempted as stop:
-        print(f"{program}: {stop} The same command goes on from there.", file=sys.stderr)
+        if is_first:
+            print(f"{program}: {stop} The same command goes on from there.", file=sys.stderr)
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()  # else gloo may abort while the interpreter ends
         sys.exit(stop.exit_code)
     except KeyboardInterrupt:
-        print(f"{program}: stopped by Ctrl-C.", file=sys.stderr)
+        if is_first:
+            print(f"{program}: stopped by Ctrl-C.", file=sys.stderr)
         sys.exit(INTERRUPTED_EXIT_CODE)
+    except RuntimeError:
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            _wait_to_be_ended()  # it may be that the connection to a process that has failed is lost: that one says why
+        raise
+
+
+def _wait_to_be_ended() -> None:
+    """Launchers end all processes as soon as one has failed. Another one's error makes this one's superfluous."""
+    time.sleep(3)
 
 
 def _model_descriptions() -> dict[str, str]:
@@ -85,7 +104,7 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescrip
 
 class RecipeParser(HfArgumentParser):
     """
-    Parses dataclasses from `--config RECIPE` and flags: dataclass default < recipe < flag. RECIPE is a YAML file, or the
+    Parses dataclasses from `--config RECIPE` and flags: dataclass default < recipe < flag. RECIPE is a YAML file or the
     name of a recipe that comes with the package.
 
     What a recipe says of its dataset (`describes_dataset` in `option`) goes when `dataset_name` names another one. An
