@@ -159,8 +159,10 @@ class RunFolder:
         Raises:
             FileExistsError: if `output_dir` is a file, or is to be overwritten and holds anything but a run.
         """
-        if self.folder.exists() and not self.folder.is_dir():
-            raise FileExistsError(f"--output_dir {self.folder} is a file. Choose another name.")
+        nearest = next(path for path in (self.folder, *self.folder.absolute().parents) if path.exists())
+        if not nearest.is_dir():
+            what = "is a file" if nearest == self.folder else f"cannot be made: {nearest} is a file"
+            raise FileExistsError(f"--output_dir {self.folder} {what}. Choose another name.")
         names = sorted(path.name for path in self.folder.iterdir()) if self.folder.is_dir() else []
         shown = [name for name in names if not name.startswith(".")]
         is_run = CONFIG_FILE in names or any((path / MANIFEST_FILE).is_file() for path in self.checkpoints())
