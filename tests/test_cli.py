@@ -97,27 +97,15 @@ def parser_of(command: str) -> argparse.ArgumentParser:
 
 
 def test_flags_of_launcher_and_command():
-    argv = (
-        "a b --num_processes 2 --mixed_precision bf16 --config r.yaml --config_file c.yaml --multi_gpu --what indices \
-        --main-process-port=0 --no_python -h"
-    )
+    """A flag that both have is the command's, and what is started is not the user's to say."""
+    argv = "a b --num_processes 2 --config r.yaml --config_file c.yaml --multi_gpu --main-process-port=0 --no_python -h"
     launch, others = launcher.split_flags(argv.split(), launch_command_parser(), parser_of("encode"))
     assert launch == ["--num_processes", "2", "--config_file", "c.yaml", "--multi_gpu", "--main-process-port=0"]
-    # `encode` has no precision of its own
-    launch, others = launcher.split_flags(argv.split(), launch_command_parser(), parser_of("train"))
-    assert "--mixed_precision" not in launch
-    assert others == [
-        "a",
-        "b",
-        "--mixed_precision",
-        "bf16",
-        "--config",
-        "r.yaml",
-        "--what",
-        "indices",
-        "--no_python",
-        "-h",
-    ]
+    assert others == ["a", "b", "--config", "r.yaml", "--no_python", "-h"]
+    launch, others = launcher.split_flags(
+        ["--mixed_precision", "bf16", "--cpu"], launch_command_parser(), parser_of("train")
+    )
+    assert (launch, others) == (["--cpu"], ["--mixed_precision", "bf16"])
 
 
 @pytest.mark.parametrize(
@@ -128,6 +116,8 @@ def test_flags_of_launcher_and_command():
         ("--cpu", None, False, 1),
         ("", {"distributed_type": "MULTI_CPU", "num_processes": 2}, True, None),
         ("", {"distributed_type": "NO", "num_processes": 1}, False, None),
+        ("--num_processes 2", {"distributed_type": "NO", "num_processes": 1}, True, 2),
+        ("--num_processes 2 --use_fsdp", None, False, 2),
     ],
 )
 def test_processes_on_cpu_are_as_many_as_asked_for(flags, config, multiple, processes, tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import itertools
 import logging
 import os
 import signal
@@ -15,6 +16,7 @@ import psutil
 import torch
 from accelerate.commands.config import default_config_file, load_config_from_file
 from accelerate.commands.launch import launch_command, launch_command_parser
+from accelerate.utils import DistributedType
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
@@ -23,8 +25,8 @@ from ..training.arguments import RecipeParser, errors_in_one_line
 
 # Flags of `accelerate launch` that say what to start, which is settled here.
 SETTLED = ("--help", "--module", "--no_python", "--no-python")
-# Set for a process that `accelerate launch`, torchrun or this module has started.
-LAUNCHED = ("LOCAL_RANK", "ACCELERATE_MIXED_PRECISION")
+# Set in processes that this module has started, and in those of any launcher of several.
+LAUNCHED = ("HF_VQGAN_LAUNCHED", "RANK", "LOCAL_RANK")
 
 
 def launch_if_wanted(command: str, parser: RecipeParser, started_as: str) -> None:
@@ -53,6 +55,7 @@ def launch_if_wanted(command: str, parser: RecipeParser, started_as: str) -> Non
         arguments = launch_parser.parse_args([*launch_flags, script, command, *flags])
         arguments.module = is_module
         _fill_in(arguments, launch_parser)
+        os.environ[LAUNCHED[0]] = "1"
         _launch(arguments)
 
 
@@ -70,28 +73,35 @@ def split_flags(
             continue
         launch_flags.append(text)
         if not equals and launch_parser._option_string_actions[flag].nargs != 0:
-            launch_flags += [value for value in [next(waiting, None)] if value is not None]
+            launch_flags += itertools.islice(waiting, 1)
     return launch_flags, others
 
 
 def _fill_in(arguments: argparse.Namespace, launch_parser: argparse.ArgumentParser) -> None:
-    """What the launcher would guess with a warning, or wrongly: on CPU, it starts one process of the two asked for."""
-    configured = arguments.config_file is not None or os.path.isfile(default_config_file)
-    defaults = load_config_from_file(arguments.config_file) if configured else None
+    """
+    What the launcher would guess with a warning, or wrongly: without --multi_gpu it may start one process of several
+    that were asked for, and on CPU it always does.
+    """
     if arguments.num_processes is not None and arguments.num_processes < 1:
         launch_parser.error(f"argument --num_processes: must be at least 1, found {arguments.num_processes}")
-    gpus = torch.cuda.device_count()
-    processes = arguments.num_processes or getattr(defaults, "num_processes", None) or max(1, gpus)
+    configured = arguments.config_file is not None or os.path.isfile(default_config_file)
+    defaults = load_config_from_file(arguments.config_file) if configured else None
+    processes = arguments.num_processes or getattr(defaults, "num_processes", None) or max(1, torch.cuda.device_count())
     machines = arguments.num_machines or getattr(defaults, "num_machines", None) or 1
-    on_cpu = arguments.cpu or getattr(defaults, "use_cpu", False) or not torch.accelerator.is_available()
-    if on_cpu and processes > 1 and arguments.mpirun_hostfile is None:
-        os.environ["ACCELERATE_USE_CPU"] = "true"
-        arguments.cpu, arguments.multi_gpu = False, True  # that is, torch's launcher, here with gloo
+
+    # Torch's launcher for several processes, which talk by gloo on CPU, unless something else was asked for
+    kind = getattr(defaults, "distributed_type", DistributedType.NO)
+    others = arguments.tpu, arguments.use_deepspeed, arguments.use_fsdp, arguments.use_megatron_lm
+    plain = not any(others) and kind in (DistributedType.NO, DistributedType.MULTI_CPU)
+    if processes > 1 and plain and arguments.mpirun_hostfile is None:
+        if arguments.cpu or getattr(defaults, "use_cpu", False) or not torch.accelerator.is_available():
+            os.environ["ACCELERATE_USE_CPU"] = "true"
+        arguments.cpu, arguments.multi_gpu = False, True
+
     if defaults is None:
         arguments.num_processes, arguments.num_machines = processes, machines
-        arguments.mixed_precision = arguments.dynamo_backend = "no"
-        others = arguments.cpu, arguments.tpu, arguments.use_deepspeed, arguments.use_fsdp, arguments.use_megatron_lm
-        arguments.multi_gpu |= processes > 1 and not any(others)
+        arguments.mixed_precision = arguments.mixed_precision or "no"
+        arguments.dynamo_backend = arguments.dynamo_backend or "no"
     if machines == 1 and not (arguments.main_process_port or getattr(defaults, "main_process_port", None)):
         arguments.main_process_port = 0  # a free one, so that runs can be neighbours
     # Workers save and end by themselves. The launcher's own handling gives them 30 seconds and hides their exit code.
