@@ -17,13 +17,6 @@ from pathlib import Path
 from ..files.sources import check_source
 from ..training.arguments import errors_in_one_line
 
-try:
-    from ..app.page import launch, make_page, write_space
-except ModuleNotFoundError as error:
-    if error.name != "gradio":
-        raise
-    sys.exit(f'{Path(sys.argv[0]).name}: error: gradio is not installed: pip install "hf_vqgan[app]"')
-
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -37,6 +30,12 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     arguments = make_parser().parse_args()
+    try:
+        from ..app.page import launch, make_page, write_space
+    except ModuleNotFoundError as error:
+        if error.name != "gradio":
+            raise
+        sys.exit(f'{Path(sys.argv[0]).name}: error: gradio is not installed: pip install "hf_vqgan[app]"')
     with errors_in_one_line():
         local = arguments.server_name == "localhost" or ipaddress.ip_address(arguments.server_name).is_loopback
         if arguments.space:

@@ -1,4 +1,4 @@
-"""Rows of a dataset, of images or of what `encode_dataset.py` made of them, as the latents a diffusion model learns."""
+"""Rows of a dataset, of images or of what `hf-vqgan encode` made of them, as the latents a diffusion model learns."""
 
 import logging
 import math
@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 class LatentSamples(Dataset):
     """
-    Rows of an image dataset, or of one that `encode_dataset.py` made, as `{"number", "label", KIND}` with KIND one of
+    Rows of an image dataset, or of one that `hf-vqgan encode` made, as `{"number", "label", KIND}` with KIND one of
     `latents` `(D, h, w)`, `indices` `(h, w[, n])` and `pixel_values` `(3, H, W)`.
 
     Sample numbers count on across epochs, as in `TrainingImages`; the label is 0 without `class_column`.
