@@ -6,12 +6,14 @@ Measure how well models reconstruct a dataset, beside JPEG and WebP at the same 
     hf-vqgan evaluate runs/mine DATASET --resolution 256 --update_model_card
 
 MODEL is a VQGANModel, a diffusers AutoencoderKL or VQModel, or any checkpoint that VQGANModel.from_original reads: a
-folder, a file, or owner/name[/folder][@revision] on the Hub. DATASET comes last, as load_dataset takes it. Writes
+folder, a file, or `owner/name[/folder][@revision]` on the Hub. DATASET comes last, as load_dataset takes it. Writes
 evaluation.json, evaluation.md and comparison.png. What the figures mean: docs/evaluation.md. Flags of
 `accelerate launch`, such as --num_processes, are taken, too.
 """
 
 from pathlib import Path
+
+from accelerate import PartialState
 
 from ..evaluation.comparison import EvaluationConfig, evaluate
 from ..training.arguments import RecipeParser, errors_in_one_line
@@ -31,4 +33,5 @@ def main() -> None:
     with errors_in_one_line():
         config, names = parser.parse()
         evaluate(names.models, names.dataset, config)
-    print((Path(config.output_dir) / "evaluation.md").read_text(encoding="utf-8").split("\n## Protocol")[0])
+    if PartialState().is_main_process:
+        print((Path(config.output_dir) / "evaluation.md").read_text(encoding="utf-8").split("\n## Protocol")[0])

@@ -121,11 +121,9 @@ def _launch(arguments: argparse.Namespace) -> NoReturn:
         code = error.returncode
     except SignalException as error:
         code = -error.sigval
-    if code < 0:
-        name = signal.Signals(-code).name
-        print(f"{Path(sys.argv[0]).name}: ended by {name}.", file=sys.stderr)
-        code = 128 - code  # as shells have it
-    sys.exit(code)
+    if code < 0 and code != -signal.SIGINT:  # of Ctrl-C, the processes have told
+        print(f"{Path(sys.argv[0]).name}: a process was ended by {signal.Signals(-code).name}.", file=sys.stderr)
+    sys.exit(code if code >= 0 else 128 - code)  # of signals, as shells have it
 
 
 @contextlib.contextmanager
