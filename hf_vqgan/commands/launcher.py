@@ -51,9 +51,9 @@ def launch_if_wanted(command: str, parser: RecipeParser, started_as: str) -> Non
         return
     with errors_in_one_line():
         parser.parse(flags)  # said once, and before anything is started
-        script, is_module = (started_as, False) if Path(started_as).name == "hf-vqgan" else ("hf_vqgan", True)
-        arguments = launch_parser.parse_args([*launch_flags, script, command, *flags])
-        arguments.module = is_module
+        is_script = Path(started_as).name == "hf-vqgan" and Path(started_as).is_file()  # not by -m, nor an .exe
+        arguments = launch_parser.parse_args([*launch_flags, started_as if is_script else "hf_vqgan", command, *flags])
+        arguments.module = not is_script
         _fill_in(arguments, launch_parser)
         os.environ[LAUNCHED[0]] = "1"
         _launch(arguments)
