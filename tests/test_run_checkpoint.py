@@ -114,6 +114,15 @@ def test_overwriting_refuses_what_is_no_run(tmp_path, names):
     assert sorted((tmp_path / "photos").rglob("*")) == before
 
 
+@pytest.mark.parametrize("below", ["", "a/b"])
+def test_a_file_in_the_way_is_named(tmp_path, below):
+    """A bare `[Errno 20] Not a directory` does not say which of the names it is."""
+    (tmp_path / "notes").write_text("mine")
+    with pytest.raises(FileExistsError, match=r"--output_dir .*notes.* is a file\. Choose another name"):
+        open_folder(VQGANTrainingConfig("user/images", output_dir=str(tmp_path / "notes" / below)))
+    assert (tmp_path / "notes").read_text() == "mine"
+
+
 def test_overwriting_deletes_runs_with_other_settings_only(tmp_path, capsys):
     folder = tmp_path / "run"
     config = made_run(folder, 3, 5)

@@ -67,7 +67,7 @@ LIBRARIES = ("hf_vqgan", "torch", "torchvision", "torchmetrics", "lpips", "torch
 
 @dataclass
 class EvaluationConfig:
-    """How models are evaluated. Every field is a flag of `evaluate_vqgan.py`."""
+    """How models are evaluated. Every field is a flag of `hf-vqgan evaluate`."""
 
     output_dir: str = option(
         "runs/evaluation", "Folder for evaluation.json, evaluation.md and comparison.png.", nonempty=True

@@ -50,7 +50,7 @@ from .autoencoders import Autoencoder, load_autoencoder
 
 @dataclass
 class LatentAnalysisConfig:
-    """How a latent space is analysed. Every field is a flag of `analyze_latent_space.py`."""
+    """How a latent space is analysed. Every field is a flag of `hf-vqgan analyze`."""
 
     # What is measured
     measures: list[str] = option([], "Groups of measures. Default: all but diffusability, which takes long.")

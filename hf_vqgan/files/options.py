@@ -18,6 +18,7 @@ BOUNDS = {
     "at_most": (operator.le, "{}]"),
     "below": (operator.lt, "{})"),
 }
+OPTION_KEYS = ("nonempty", "describes_dataset", "bounds", "role")  # what `option` adds to a field's metadata
 MAX_SEED = 2**32 - 1  # numpy takes no larger one
 
 
@@ -60,6 +61,11 @@ def option(
 def role_of(config_field: dataclasses.Field) -> str:
     """The field's role, as `option` describes them."""
     return config_field.metadata["role"]
+
+
+def default_of(config_field: dataclasses.Field) -> Any:
+    factory = config_field.default_factory
+    return config_field.default if factory is dataclasses.MISSING else factory()
 
 
 def sections_of(config_class: type) -> dict[str, list[dataclasses.Field]]:

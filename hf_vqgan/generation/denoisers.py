@@ -54,7 +54,7 @@ class ObjectiveOptions:
 # Python collects the fields of bases from the last to the first: read these from below.
 @dataclass
 class LatentDiffusionConfig(ObjectiveOptions, DenoiserOptions, GeneratorOptions):
-    """How a latent diffusion model is trained. Every field is a flag of `train_latent_diffusion.py`."""
+    """How a latent diffusion model is trained. Every field is a flag of `hf-vqgan train-diffusion`."""
 
     output_dir: str = option(
         "runs/diffusion", "Folder of the run: pipeline, sample grids, log and checkpoints.", nonempty=True, role="place"

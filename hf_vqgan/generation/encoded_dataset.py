@@ -38,7 +38,7 @@ WHAT = ("latents", "indices")
 
 @dataclass
 class EncodingConfig:
-    """How a dataset is encoded. Every field is a flag of `encode_dataset.py`."""
+    """How a dataset is encoded. Every field is a flag of `hf-vqgan encode`."""
 
     what: list[str] = option(["latents", "indices"], "Columns to make.", choices=WHAT, nonempty=True)
     dataset_config_name: str | None = option(None, "Configuration of the dataset.")

@@ -37,7 +37,7 @@ class GeneratorOptions(HubOptions, RunOptions, OptimizationOptions, DatasetOptio
     vqgan: str = option("", "VQGANModel whose latents are modelled: Hub name or folder.", nonempty=True)
     dataset_name: str = option(
         "",
-        "Images, or what encode_dataset.py made of them: Hub name, local path or package.",
+        "Images, or what `hf-vqgan encode` made of them: Hub name, local path or package.",
         describes_dataset=True,
         nonempty=True,
     )

@@ -1,4 +1,4 @@
-"""Rows of a dataset, of images or of what `encode_dataset.py` made of them, as the latents a diffusion model learns."""
+"""Rows of a dataset, of images or of what `hf-vqgan encode` made of them, as the latents a diffusion model learns."""
 
 import logging
 import math
@@ -32,7 +32,7 @@ READ_WITHOUT_TROUBLE: dict[str, Any] = {"unreadable": 0, "upscaled": 0, "skipped
 
 class LatentSamples(Dataset):
     """
-    Rows of an image dataset, or of one that `encode_dataset.py` made, as `{"number", "label", KIND, "unreadable",
+    Rows of an image dataset, or of one that `hf-vqgan encode` made, as `{"number", "label", KIND, "unreadable",
     "upscaled", "skipped"}` with KIND one of `latents` `(D, h, w)`, `indices` `(h, w[, n])` and `pixel_values`
     `(3, H, W)`, the last three as in `TrainingImages`.
 

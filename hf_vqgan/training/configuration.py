@@ -330,7 +330,7 @@ class VQGANTrainingConfig(
     TokenizerDataOptions,
     DatasetOptions,
 ):
-    """A tokenizer's training run, but for the model's architecture. Every field is a flag of `train_vqgan.py`."""
+    """A tokenizer's training run, but for the model's architecture. Every field is a flag of `hf-vqgan train`."""
 
     def __post_init__(self):
         check_values(self)

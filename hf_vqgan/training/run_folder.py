@@ -13,7 +13,7 @@ import shutil
 import socket
 import stat
 from collections.abc import Callable
-from dataclasses import MISSING, Field, asdict, fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,7 +27,7 @@ from safetensors import SafetensorError
 
 from ..configuration_vqgan import VQGANConfig, model_fields
 from ..files.documents import read_mapping, read_settings, write_text
-from ..files.options import role_of
+from ..files.options import default_of, role_of
 from ..modeling_vqgan import VQGANModel
 from .checkpoint import (
     STATE_FILE,
@@ -84,7 +84,7 @@ class RunFolder:
         self.settings = public_settings(config)
         known = fields(config)
         self.identity = {field.name for field in known if role_of(field) == "result"}
-        self.defaults = {field.name: _default(field) for field in known}
+        self.defaults = {field.name: default_of(field) for field in known}
         if model_config is not None:
             self.settings |= {name: getattr(model_config, name) for name in model_fields()}
             self.identity |= set(model_fields())
@@ -147,8 +147,10 @@ class RunFolder:
         Raises:
             FileExistsError: if `output_dir` is a file, or is to be overwritten and holds anything but a run.
         """
-        if self.folder.exists() and not self.folder.is_dir():
-            raise FileExistsError(f"--output_dir {self.folder} is a file. Choose another name.")
+        nearest = next(path for path in (self.folder, *self.folder.absolute().parents) if path.exists())
+        if not nearest.is_dir():
+            what = "is a file" if nearest == self.folder else f"cannot be made: {nearest} is a file"
+            raise FileExistsError(f"--output_dir {self.folder} {what}. Choose another name.")
         names = sorted(path.name for path in self.folder.iterdir()) if self.folder.is_dir() else []
         shown = [name for name in names if not name.startswith(".")]
         is_run = CONFIG_FILE in names or any((path / MANIFEST_FILE).is_file() for path in self.checkpoints())
@@ -401,10 +403,6 @@ class RunFolder:
             if hasattr(tracker, "log_images"):
                 layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
                 tracker.log_images({title: pixels}, step=step, **layout)
-
-
-def _default(field: Field) -> Any:
-    return field.default if field.default_factory is MISSING else field.default_factory()
 
 
 def _is_written(name: str) -> bool:

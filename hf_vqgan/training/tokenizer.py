@@ -243,7 +243,7 @@ def describe_crops(config: VQGANTrainingConfig) -> tuple[str, str]:
     training = f"{size}, {config.crops_per_image} {place} {side}x{side} crop(s) of an image per epoch{mirrored}"
     if config.validate_whole_images:
         return training, f"{size}, whole images"
-    same = "" if resize == side else f"; evaluate_vqgan.py measures the same with --resize {resize}"
+    same = "" if resize == side else f"; `hf-vqgan evaluate` measures the same with --resize {resize}"
     return training, f"{size}, the central {side}x{side}{same}"
 
 
