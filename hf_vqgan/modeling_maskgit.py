@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .blocks import norm_act_conv, upsample_conv
+from .blocks import upsample_conv
 
 EPS = 1e-6
 
@@ -35,9 +35,12 @@ class MaskGitResnetBlock(nn.Module):
         self.conv_shortcut = nn.Conv2d(out_channels, out_channels, 1, bias=False) if changes else None
 
     def forward(self, features: Tensor) -> Tensor:
-        hidden = norm_act_conv(features, self.norm1, self.act, self.conv1)
-        hidden = norm_act_conv(hidden, self.norm2, self.act, self.conv2)
+        hidden = self.norm_act_conv(features, self.norm1, self.conv1)
+        hidden = self.norm_act_conv(hidden, self.norm2, self.conv2)
         return hidden + (features if self.conv_shortcut is None else self.conv_shortcut(hidden))
+
+    def norm_act_conv(self, x: Tensor, norm: nn.Module, conv: nn.Module) -> Tensor:
+        return conv(self.act(norm(x)))
 
 
 class MaskGitUpsample(nn.Module):

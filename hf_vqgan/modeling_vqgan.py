@@ -20,13 +20,14 @@ from diffusers.models.activations import get_activation
 from diffusers.models.attention_processor import SpatialNorm
 from diffusers.models.autoencoders.vae import Decoder, DecoderOutput, Encoder, IdentityDistribution
 from diffusers.models.unets.unet_2d_blocks import get_down_block
+from diffusers.models.upsampling import Upsample2D
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from .blocks import lighten
+from .blocks import UpsamplingBlock, replace_blocks
 from .configuration_vqgan import VQGANConfig
 from .modeling_maskgit import MaskGitDecoder, MaskGitEncoder
 from .quantizers import QUANTIZERS, Quantizer, layerwise_casting
@@ -556,7 +557,7 @@ def build_encoder(config: VQGANConfig) -> nn.Module:
             downsample_padding=0,
             attention_head_dim=first,
         )
-    return lighten(encoder)
+    return encoder
 
 
 def build_decoder(config: VQGANConfig) -> nn.Module:
@@ -583,7 +584,7 @@ def build_decoder(config: VQGANConfig) -> nn.Module:
                 channels = norm.norm_layer.num_channels
                 norm.conv_y = nn.Conv2d(config.vq_embed_dim, channels, 1)
                 norm.conv_b = nn.Conv2d(config.vq_embed_dim, channels, 1)
-    return lighten(decoder)
+    return replace_blocks(decoder, {Upsample2D: UpsamplingBlock})
 
 
 def tile_slices(side: int, tile: int, overlap: int) -> list[slice]:

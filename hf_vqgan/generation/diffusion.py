@@ -33,7 +33,7 @@ from tqdm.auto import tqdm
 
 from ..data.datasets import EpochBatchSampler, ImageTransform, load_splits
 from ..files.sources import check_source
-from ..hub.push import push_pipeline_to_hub
+from ..hub.push import push_checkpoint, push_pipeline_to_hub
 from ..modeling_vqgan import VQGANModel
 from ..pipelines import VQGANLatentDiffusionPipeline, count_classes, normalize_latents, predict
 from ..training.checkpoint import LossScale, NamedAverages, NamedOptimizer, Part
@@ -493,13 +493,15 @@ def push(state: DiffusionState, run: PipelineRunFolder) -> None:
     """Push the run to the Hub, if it is to be pushed."""
     config = state.config
     if config.push_to_hub and state.accelerator.is_main_process:
-        push_pipeline_to_hub(
+        push_checkpoint(
+            push_pipeline_to_hub,
             run.folder,
             config.hub_model_id or run.folder.resolve().name,
             token=config.hub_token,
             private=config.hub_private_repo,
             license=config.hub_license,
             commit_message=f"Step {state.step} of {config.max_train_steps}",
+            last=state.step >= config.max_train_steps,
         )
 
 

@@ -21,7 +21,7 @@ from ..data.datasets import (
 )
 from ..data.streams import StreamedImages
 from ..hub.model_card import public_name
-from ..hub.push import push_run_to_hub
+from ..hub.push import push_checkpoint, push_run_to_hub
 from ..losses.image_losses import LPIPS
 from ..measurement.metrics import evaluate_reconstruction, measure_latents
 from ..measurement.pictures import draw_codebook, draw_curves, draw_gradients, draw_reconstructions
@@ -216,13 +216,15 @@ def push(state: TrainState, run: RunFolder) -> None:
     """Push the run to the Hub, if it is to be pushed and has been validated at least once."""
     config = state.config
     if config.push_to_hub and state.accelerator.is_main_process and run.has_metrics:
-        push_run_to_hub(
+        push_checkpoint(
+            push_run_to_hub,
             run.folder,
             config.hub_model_id or run.folder.name,
             token=config.hub_token,
             private=config.hub_private_repo,
             license=config.hub_license,
             commit_message=f"Step {state.step} of {config.max_train_steps}",
+            last=state.step >= config.max_train_steps,
         )
 
 
