@@ -219,9 +219,18 @@ class VQGANConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
+        values, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        if not values:  # transformers would return the default config
+            raise OSError(f"{pretrained_model_name_or_path} does not appear to have a file named config.json.")
+        return values, kwargs
+
+    @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+        # transformers would set these fields after the checks
+        changes = {name: kwargs.pop(name) for name in model_fields() if name in kwargs}
         with reading():
-            return super().from_dict(config_dict, **kwargs)
+            return super().from_dict({**config_dict, **changes}, **kwargs)
 
     @classmethod
     def from_json_file(cls, json_file):

@@ -4,9 +4,11 @@ Nothing about losses on images, discriminators or training is here: see losses/ 
 """
 
 import contextlib
+import copy
 import importlib
 import itertools
 import math
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,10 +119,7 @@ class VQGANModel(PreTrainedModel):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
         """
-        As in transformers.
-
-        Raises:
-            OSError: also for a file of weights that is damaged.
+        As in transformers; damaged weights are an `OSError`, too.
         """
         try:
             return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
@@ -128,6 +127,23 @@ class VQGANModel(PreTrainedModel):
             raise OSError(
                 f"the weights of {pretrained_model_name_or_path} are damaged ({error}). Copy or download them again."
             ) from error
+
+    def save_pretrained(self, save_directory: str | Path, *args, **kwargs) -> None:
+        super().save_pretrained(save_directory, *args, **kwargs)
+        for file in Path(save_directory).glob("*.safetensors"):  # which safetensors lets nobody but their owner read
+            shutil.copymode(Path(save_directory, "config.json"), file)
+
+    @classmethod
+    def from_config(cls, config: VQGANConfig | str | Path, return_unused_kwargs: bool = False):
+        """A model with new weights, as diffusers' `EMAModel` asks for it; its own settings are the unused arguments."""
+        if not isinstance(config, VQGANConfig):
+            config = VQGANConfig.from_pretrained(config)
+        model = cls(copy.deepcopy(config))
+        return (model, getattr(config, "_ema", {})) if return_unused_kwargs else model
+
+    def register_to_config(self, **settings) -> None:
+        """Note the settings of diffusers' `EMAModel` in config.json."""
+        self.config._ema = settings
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -283,7 +299,12 @@ class VQGANModel(PreTrainedModel):
         return DecoderOutput(sample=sample) if return_dict else (sample,)
 
     def encode_indices(self, pixel_values: Tensor) -> Tensor:
-        """Images `(B, C, H, W)` in [-1, 1] to codes `(B, H/f, W/f)`, or `(B, H/f, W/f, n)`, int64."""
+        """
+        Images `(B, C, H, W)` in [-1, 1] to codes `(B, H/f, W/f)`, or `(B, H/f, W/f, n)`, int64.
+
+        Raises:
+            ValueError: as `encode`; in eval mode, for pixels that are NaN or infinite.
+        """
         return self.quantize(self.encode(pixel_values).latents).indices
 
     def decode_indices(self, indices: Tensor, return_dict: bool = True) -> DecoderOutput | tuple[Tensor]:
@@ -475,6 +496,8 @@ class VQGANModel(PreTrainedModel):
         return (blended / weights).to(x.dtype)
 
     def _look_up(self, indices: Tensor) -> Tensor:
+        if not indices.numel():
+            raise ValueError(f"indices of shape {tuple(indices.shape)} hold no codes: expected some.")
         several = self.quantize.num_codebooks > 1
         expected = f"(B, h, w, {self.quantize.num_codebooks})" if several else "(B, h, w)"
         if indices.ndim != 3 + several or (several and indices.shape[3] != self.quantize.num_codebooks):
@@ -487,6 +510,8 @@ class VQGANModel(PreTrainedModel):
         return self.quantize.codes(indices.long()).to(self.dtype)
 
     def _check_pixels(self, pixel_values: Tensor) -> None:
+        if not pixel_values.numel():
+            raise ValueError(f"pixel_values of shape {tuple(pixel_values.shape)} hold no pixels: expected an image.")
         if pixel_values.ndim != 4 or pixel_values.shape[1] != self.config.in_channels:
             raise ValueError(
                 f"pixel_values of shape {tuple(pixel_values.shape)}: expected (B, {self.config.in_channels}, H, W)."

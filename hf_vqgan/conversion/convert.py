@@ -1,8 +1,8 @@
 """Published VQ tokenizers <-> VQGANModel.
 
-A family of checkpoints is a table (`conversion_families.py`), and its renames serve both directions: import looks every
-weight of the model up under its original name, export writes it there. Sizes and options are read from names and
-shapes; a config, where there is one, adds what they do not show and is held against what they do.
+A family of checkpoints is a table (`families.py`), whose renames serve both directions: import looks up each weight of
+the model by its original name, export writes it by that name. Sizes and options are read from names and shapes; a
+config, if there is one, adds what these do not show, and must agree with what they do.
 """
 
 import os
@@ -15,13 +15,13 @@ from pathlib import Path
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
-from transformers.utils import SAFE_WEIGHTS_NAME, logging
+from transformers.utils import logging
 
 from ..configuration_vqgan import VQGANConfig, idle_options
 from ..files.checkpoint_files import Checkpoint, listed, locate, plain, read_checkpoint, read_config, shown
 from ..image_processing_vqgan import VQGANImageProcessor
 from ..modeling_vqgan import VQGANModel
-from .export import EXPORTS, export_original, write_safetensors
+from .export import EXPORTS, export_original, save_original
 from .families import (
     ANCHORS,
     CLASS_NAMES,
@@ -40,7 +40,7 @@ from .families import (
     paper_weights,
 )
 
-__all__ = ["EXPORTS", "FAMILIES", "convert", "export_original", "load_original", "write_safetensors"]
+__all__ = ["EXPORTS", "FAMILIES", "convert", "export_original", "load_original"]
 
 logger = logging.get_logger(__name__)
 
@@ -508,9 +508,8 @@ def convert(
     weights: str = "auto",
 ) -> VQGANModel:
     """
-    Write the checkpoint `source` to the folder `out`: for `VQGANModel.from_pretrained`, or as the project `to` has it.
-
-    The folder appears complete or not at all. Weights go from file to file; none but the current one is held.
+    Write the checkpoint `source` to the folder `out`: for `VQGANModel.from_pretrained`, or in the format of project
+    `to`. The folder appears complete or not at all. Weights stay mapped from the source file.
 
     Args:
         source: What [`VQGANModel.from_original`] takes, or a folder of `VQGANModel.save_pretrained`.
@@ -534,9 +533,7 @@ def convert(
         folder = Path(temporary) / "converted"  # with the permissions that folders normally get
         folder.mkdir()
         if to is None:
-            model.config.architectures = [type(model).__name__]
-            model.config.save_pretrained(folder)
-            write_safetensors(model.state_dict(), folder / SAFE_WEIGHTS_NAME)
+            model.save_pretrained(folder)
             side = model.config.sample_size
             VQGANImageProcessor(
                 size={"shortest_edge": side},
@@ -544,7 +541,7 @@ def convert(
                 size_divisor=model.config.downsample_factor,
             ).save_pretrained(folder)
         else:
-            EXPORTS[to].save(*export_original(model, to), folder)
+            save_original(model, to, folder)
         if out.exists():
             out.rmdir()
         os.replace(folder, out)

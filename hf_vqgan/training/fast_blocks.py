@@ -76,9 +76,7 @@ class _NormSiLUConv(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():  # create_graph=True
-            raise RuntimeError(
-                "in training mode, these blocks cannot be differentiated twice: use model.eval()."
-            )
+            raise RuntimeError("in training mode, these blocks cannot be differentiated twice: use model.eval().")
         x, norm_weight, norm_bias, weight, bias, mean, rstd = ctx.saved_tensors
         groups, eps, stride, padding, dilation, conv_groups = ctx.how
         needed = ctx.needs_input_grad[:5]
