@@ -577,7 +577,7 @@ def test_renumbering_that_cannot_be_kept(tmp_path):
     folder = save_original(Original(), tmp_path / "a", TAMING_TARGET, "state_dict")
     with pytest.raises(ValueError, match="renumbers the codes by remap='used.npy', but the file has no tensor"):
         VQGANModel.from_original(folder, config={"remap": "used.npy"})
-    with pytest.raises(ValueError, match="num_used_codes=0: this model's codes have the numbers of the codebook"):
+    with pytest.raises(ValueError, match="num_used_codes=0: this model has no list of used codes"):
         VQGANModel.from_original(folder).quantize.remap_to_used(torch.tensor([1]))
     gumbel = Original(choice="gumbel", z=5, dim=5)
     save_original(gumbel, tmp_path / "b", TAMING_TARGET, "state_dict", **{"quantize.used": torch.arange(3)})
