@@ -107,7 +107,7 @@ def _download(repo: str, inner: str) -> tuple[Path, Path | None]:
         for shard in sorted(set(_shards(weights).values())):
             huggingface_hub.hf_hub_download(repo, folder + shard)
     config = next((folder + name for name in _config_names(Path(chosen)) if folder + name in files), None)
-    return weights, config and Path(huggingface_hub.hf_hub_download(repo, config))
+    return weights, None if config is None else Path(huggingface_hub.hf_hub_download(repo, config))
 
 
 def _config_names(weights: Path) -> tuple[str, ...]:
