@@ -130,8 +130,9 @@ class VQGANModel(PreTrainedModel):
 
     def save_pretrained(self, save_directory: str | Path, *args, **kwargs) -> None:
         super().save_pretrained(save_directory, *args, **kwargs)
-        for file in Path(save_directory).glob("*.safetensors"):  # which safetensors lets nobody but their owner read
-            shutil.copymode(Path(save_directory, "config.json"), file)
+        config = Path(save_directory, "config.json")
+        for file in config.parent.glob("*.safetensors") if config.is_file() else ():
+            shutil.copymode(config, file)  # safetensors makes files that only their owner can read
 
     @classmethod
     def from_config(cls, config: VQGANConfig | str | Path, return_unused_kwargs: bool = False):

@@ -203,7 +203,7 @@ INTERVENTIONS = {
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
 @pytest.mark.parametrize("name", INTERVENTIONS)
-def test_interventions_into_residual_blocks_are_heard(name, training):
+def test_interventions_into_residual_blocks_take_effect(name, training):
     x = torch.randn(2, 16, 6, 6, dtype=torch.float64)
     results = []
     for block in blocks():
@@ -255,7 +255,7 @@ def test_hooks_see_what_they_would_see_in_a_stock_block(mode):
             torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
 
 
-def test_hooks_on_all_modules_are_heard():
+def test_hooks_on_all_modules_are_called():
     """As profilers set them: on every module there is, without touching any."""
     counts = []
     for block in blocks():

@@ -120,7 +120,7 @@ def recognise(checkpoint: Checkpoint, kind: str | None, settings: dict, format: 
 
 def _one_of_taming(checkpoint: Checkpoint, kind: str | None, settings: dict, prefix: str) -> tuple[str, str, list[str]]:
     """What `recognise` returns for the keys that taming-transformers shares with others, if no class is named."""
-    counter = "model_ema.num_updates"  # beside a prefixed tokenizer it is another network's
+    counter = "model_ema.num_updates"  # with a prefixed tokenizer, it belongs to another network
     if kind is None and "ddconfig" in settings and "lossconfig" not in settings:
         # Emu3.5's config is a flat list of arguments; those of the others have a class, and a loss.
         told = any(name in settings for name in IBQ_SETTINGS)
@@ -297,7 +297,7 @@ def build_model(checkpoint: Checkpoint, shapes: dict, family: Family, settings: 
     if settings.get("remap") and "quantize.used" not in shapes:
         raise ValueError(
             f"{checkpoint.source}: its config renumbers the codes by remap={shown(settings['remap'])}, but the file "
-            "has no tensor quantize.used with the new numbers. A config with remap: null gives the codebook's own."
+            "has no tensor quantize.used with the mapping. A config with remap: null keeps the codebook's indices."
         )
     fields = options | architecture | family.fields
     if fields.get("quantizer") == "vq_ema":

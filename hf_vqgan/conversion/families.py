@@ -73,8 +73,8 @@ def paper_weights(beta: float) -> dict:
 def double_quantization_weights(beta: float) -> dict:
     """
     Loss weights of SEED-Voken's IBQ, whose quantizer adds |z - q|² to taming-transformers' legacy pair (`quant_loss` in
-    https://github.com/TencentARC/SEED-Voken/blob/main/src/IBQ/modules/vqvae/quantize.py). That third term pulls latents
-    and codes alike. What it sends through the soft choice besides has no place in the two weights.
+    https://github.com/TencentARC/SEED-Voken/blob/main/src/IBQ/modules/vqvae/quantize.py). That third term pulls
+    both latents and codes. Its gradient through the soft choice cannot be expressed by the two weights.
     """
     return {"commitment_weight": 2.0, "codebook_weight": 1 + beta}
 
@@ -117,7 +117,7 @@ class Family:
     unseen: dict[str, str] = field(default_factory=dict)
 
     def name(self, ours: str, levels: int | None = None) -> str:
-        """The original's name of our `ours`; without the number of decoder `levels`, they count as stored."""
+        """The original's name of our `ours`; without the count of decoder `levels`, in the stored order."""
         if levels is not None and not self.lowest_first:
             ours = re.sub(r"up_blocks\.(\d+)", lambda match: f"up_blocks.{levels - 1 - int(match[1])}", ours)
         return reduce(lambda text, rule: re.sub(rule[0], rule[1], text), self.names, ours)

@@ -210,7 +210,7 @@ class PickleReader:
 
     def _name(self, module: str, attribute: str) -> _Name:
         if not (isinstance(module, str) and isinstance(attribute, str) and len(module + attribute) <= LONGEST_NAME):
-            raise ValueError("the name of a class or function is none")
+            raise ValueError("a class or function has no valid name")
         name = f"{module}.{attribute}"
         is_dtype = module == "torch" and isinstance(vars(torch).get(attribute), torch.dtype)
         if not (is_dtype or HARMLESS.fullmatch(name)):
