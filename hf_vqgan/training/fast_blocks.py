@@ -53,14 +53,13 @@ def install_fast_blocks(network: nn.Module) -> nn.Module:
 def norm_act_conv(x: Tensor, norm: nn.Module, activation: nn.Module, conv: nn.Module) -> Tensor:
     """
     `conv(activation(norm(x)))`. In training mode, if it is GroupNorm, SiLU and a convolution and nothing else, only `x`
-    is kept and the backward pass recomputes the rest. Without gradients, SiLU overwrites its input.
+    is kept and the backward pass recomputes the rest.
     """
-    if not (is_plain(norm, nn.GroupNorm) and is_plain(activation, nn.SiLU) and is_plain(conv, nn.Conv2d)):
+    as_usual = is_plain(norm, nn.GroupNorm) and is_plain(activation, nn.SiLU) and is_plain(conv, nn.Conv2d)
+    if not (as_usual and norm.training and torch.is_grad_enabled()):
         return conv(activation(norm(x)))
-    if norm.training and torch.is_grad_enabled():
-        how = norm.num_groups, norm.eps, conv.stride, conv.padding, conv.dilation, conv.groups
-        return _NormSiLUConv.apply(x, norm.weight, norm.bias, conv.weight, conv.bias, *how)
-    return conv(F.silu(norm(x), inplace=not torch.is_grad_enabled()))
+    how = norm.num_groups, norm.eps, conv.stride, conv.padding, conv.dilation, conv.groups
+    return _NormSiLUConv.apply(x, norm.weight, norm.bias, conv.weight, conv.bias, *how)
 
 
 class _NormSiLUConv(torch.autograd.Function):
