@@ -5,6 +5,7 @@ Nothing about losses on images, discriminators or training is here: see losses/ 
 
 import contextlib
 import copy
+import functools
 import importlib
 import itertools
 import math
@@ -128,6 +129,7 @@ class VQGANModel(PreTrainedModel):
                 f"the weights of {pretrained_model_name_or_path} are damaged ({error}). Copy or download them again."
             ) from error
 
+    @functools.wraps(PreTrainedModel.save_pretrained)  # diffusers' pipelines look at the signature
     def save_pretrained(self, save_directory: str | Path, *args, **kwargs) -> None:
         super().save_pretrained(save_directory, *args, **kwargs)
         config = Path(save_directory, "config.json")
