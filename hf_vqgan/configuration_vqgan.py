@@ -1,4 +1,4 @@
-"""Configuration of a VQ-GAN: what is needed to rebuild the model, and nothing about how it was trained."""
+"""Configuration of a VQ-GAN: everything needed to rebuild the model, and nothing about how it was trained."""
 
 import contextlib
 import difflib
@@ -12,8 +12,8 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-# Keys that transformers and diffusers add to a config.json or pass to a config's constructor on their own account.
-# transformers would keep every other key, too, and say nothing; here it is an error in Python and a warning in a file.
+# Keys that transformers and diffusers themselves add to a config.json or pass to a config's constructor. transformers
+# would silently keep any other key, too; here it is an error in Python and a warning in a file.
 LIBRARY_KEYS = frozenset(
     {
         "attn_implementation",
@@ -31,13 +31,13 @@ LIBRARY_KEYS = frozenset(
     }
 )
 
-LARGEST = 2**62  # of any number: numbers of codes are 64-bit integers
+LARGEST = 2**62  # of any value: indices of codes are 64-bit integers
 
-# Quantizers by what they have
-NEAREST = ("vq", "vq_ema", "simvq")  # a codebook, of which the nearest code is taken
+# Kinds of quantizers
+NEAREST = ("vq", "vq_ema", "simvq")  # a codebook, in which the nearest code is chosen
 CODEBOOK = (*NEAREST, "ibq")
 BITS = ("lfq", "bsq")
-COMPOSITE = ("residual", "grouped")  # what their `base_quantizer` has
+COMPOSITE = ("residual", "grouped")  # several quantizers of the kind `base_quantizer`
 BUILT_IN = (*CODEBOOK, "gumbel", "fsq", *BITS, *COMPOSITE)
 
 # Of diffusers
@@ -48,20 +48,20 @@ SPATIAL_GROUPS = 32  # in a SpatialNorm
 
 def setting(default, at_least=None, at_most=None, above=None, one_of=None, quantizers=None) -> Any:
     """
-    A field with bounds for its value, or for each in its list, and the names of the quantizers that it has an effect
-    on, if not on all. Numbers are finite without being told to.
+    A field with bounds for its value, or for each value in its list, and the quantizers that use it, if not all do.
+    Numbers must always be finite.
     """
     bounds = {"at_least": at_least, "at_most": at_most, "above": above, "one_of": one_of, "quantizers": quantizers}
     return field(default=default, metadata={name: bound for name, bound in bounds.items() if bound is not None})
 
 
-# Whether the keys at hand come from a file or another serialized config, which may hold what others have added.
+# Whether a config is being read from a file or a dict, which may hold keys that others have added.
 _reading: ContextVar[bool] = ContextVar("reading", default=False)
 
 
 @contextlib.contextmanager
 def reading() -> Iterator[None]:
-    """While it lasts, unknown keys and options without effect are warned of instead of refused."""
+    """A context in which unknown keys and options without effect are warnings instead of errors."""
     token = _reading.set(True)
     try:
         yield
@@ -95,8 +95,8 @@ class VQGANConfig(PreTrainedConfig):
         encoder_only (`bool`, defaults to `False`): No decoder: images become codes, and `decode` is an error.
         pixel_range (`list[int]`, defaults to `(-1, 1)`):
             Range of the pixels that the networks work on, `(-1, 1)` or `(0, 1)`. The model takes and returns [-1, 1]
-            all the same and maps at its borders. (Weights cannot absorb the map: convolutions pad with zeros, which
-            are grey in one range and black in the other.)
+            in either case and converts. (Weights cannot absorb the conversion: convolutions pad with zeros, which are
+            grey in one range and black in the other.)
         layers_per_block (`int`, defaults to 2): Residual blocks per encoder level (the decoder has one more).
         down_block_types (`list[str]`, *optional*):
             diffusers block per encoder level; `None` means plain blocks with attention at the lowest level.
@@ -119,14 +119,14 @@ class VQGANConfig(PreTrainedConfig):
             Codes looked up by index have unit length, although `quantize` compares and returns them at their full
             length (Janus in transformers). Only for `quantizer="vq"` without `codebook_l2_norm`.
         num_used_codes (`int`, defaults to 0):
-            Length of a list of codes by whose places `quantize.remap_to_used` renumbers indices (taming-transformers'
-            `remap`); 0 for no list. Only for `"vq"` and `"vq_ema"`.
+            Length of a list of codes; `quantize.remap_to_used` maps indices to positions in it (taming-transformers'
+            `remap`). 0 for no list. Only for `"vq"` and `"vq_ema"`.
         rotation_trick (`bool`, defaults to `False`): Rotate the gradient from code to latent instead of copying it.
         entropy_weight (`float`, defaults to 0.0):
-            Weight of the entropy loss E[H(p)] - H(E[p]). 0 means that codebook quantizers do not compute it.
+            Weight of the entropy loss E[H(p)] - H(E[p]). With 0, codebook quantizers do not compute it.
         entropy_temperature (`float`, defaults to 0.01): Temperature τ of p ∝ exp(-|z - e|² / τ) in that loss.
-        perturbation_share (`float`, defaults to 0.0): Share of the choices that training replaces by a near code.
-        perturbation_neighbours (`int`, defaults to 8): Among how many nearest codes it then draws.
+        perturbation_share (`float`, defaults to 0.0): Share of the choices that training replaces by a nearby code.
+        perturbation_neighbours (`int`, defaults to 8): How many nearest codes it draws the replacement from.
         ema_decay (`float`, defaults to 0.99): Decay γ of the moving averages of `vq_ema`.
         kl_weight (`float`, defaults to 5e-4): Weight of the `gumbel` quantizer's KL term.
         gumbel_temperature (`float`, defaults to 1.0): Temperature of the `gumbel` quantizer's soft choice.
@@ -136,16 +136,16 @@ class VQGANConfig(PreTrainedConfig):
         base_quantizer (`str`, defaults to `"vq"`): The quantizer of each codebook of `residual` and `grouped`.
         scaling_factor (`float`, defaults to 1.0):
             Gives the latents unit variance: diffusion models see `(latents - shift_factor) * scaling_factor`.
-            Both are measured at the end of training, whatever they were before.
+            Both are measured at the end of training, which overwrites earlier values.
         shift_factor (`float`, defaults to 0.0): See `scaling_factor`.
         force_upcast (`bool`, defaults to `False`): diffusers pipelines decode in float32 if set.
         lookup_from_codebook (`bool`, defaults to `True`): Passed on to `diffusers.VQModel` by `to_diffusers()`.
 
     Raises:
         ValueError:
-            For an unknown field (with the nearest known name), for values out of bounds or that contradict each other,
-            and for options that the quantizer does not have. In a file (`from_pretrained`, `from_dict`, ...), unknown
-            keys and such options are warnings: libraries and earlier versions wrote them there.
+            For an unknown field (with the most similar known name), values out of bounds, contradictions, and options
+            that the quantizer does not have. In a file (`from_pretrained`, `from_dict`, ...), unknown keys and such
+            options are warnings, since libraries and earlier versions wrote them.
     """
 
     model_type = "vqgan"
@@ -195,7 +195,7 @@ class VQGANConfig(PreTrainedConfig):
         self._report_unknown([key for key in kwargs if not key.startswith("_") and key not in LIBRARY_KEYS])
 
         self._check_bounds()
-        # Tuples, so that a config built in Python equals the same config read back from JSON.
+        # Tuples, so that a config built in Python equals the one read back from JSON
         self.block_out_channels = tuple(self.block_out_channels)
         levels = len(self.block_out_channels)
         if self.down_block_types is None:
@@ -219,9 +219,18 @@ class VQGANConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
+        values, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        if not values:  # transformers would return the default config
+            raise OSError(f"{pretrained_model_name_or_path} does not appear to have a file named config.json.")
+        return values, kwargs
+
+    @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+        # transformers would set these fields after the checks
+        changes = {name: kwargs.pop(name) for name in model_fields() if name in kwargs}
         with reading():
-            return super().from_dict(config_dict, **kwargs)
+            return super().from_dict({**config_dict, **changes}, **kwargs)
 
     @classmethod
     def from_json_file(cls, json_file):
@@ -241,7 +250,7 @@ class VQGANConfig(PreTrainedConfig):
         warnings.warn(f"the config has keys that VQGANModel does not read: {hints}.", stacklevel=2)
 
     def _report_idle(self):
-        """Options that the quantizer does not have: earlier versions wrote them into files, and read none of them."""
+        """Report options that the quantizer does not have; earlier versions wrote them into files without effect."""
         idle = idle_options(vars(self))
         if not idle:
             return
@@ -256,8 +265,8 @@ class VQGANConfig(PreTrainedConfig):
         for item in fields(self):
             value = getattr(self, item.name)
             several = isinstance(value, (list, tuple))
-            for number in value if several else [value]:
-                if expected := bounds_broken(number, item.metadata):
+            for each in value if several else [value]:
+                if expected := bounds_broken(each, item.metadata):
                     raise ValueError(f"{item.name}={value!r} must be {expected}{', each of them' * several}.")
         if not self.block_out_channels:
             raise ValueError("block_out_channels=() must have at least one level.")
@@ -285,7 +294,7 @@ class VQGANConfig(PreTrainedConfig):
             )
         if self.backbone == "maskgit" and self.vq_embed_dim != self.latent_channels:
             raise ValueError(
-                f"backbone='maskgit' quantizes the encoder's output as it is, so vq_embed_dim={self.vq_embed_dim} must "
+                f"backbone='maskgit' quantizes the encoder's output directly, so vq_embed_dim={self.vq_embed_dim} must "
                 f"equal latent_channels={self.latent_channels}."
             )
         if self.backbone == "maskgit" and self.norm_type == "spatial":
@@ -323,7 +332,7 @@ class VQGANConfig(PreTrainedConfig):
                 f"fsq_levels={self.fsq_levels}: quantizer='fsq' needs levels of 2 or more, e.g. [8, 5, 5, 5]."
             )
         if codes > LARGEST:
-            raise ValueError(f"fsq_levels={self.fsq_levels} make more than 2**62 codes, which have no numbers.")
+            raise ValueError(f"fsq_levels={self.fsq_levels} make more than 2**62 codes, too many for 64-bit indices.")
         if kind in BITS and (dim > 62 or codes != 2**dim):
             raise ValueError(
                 f"quantizer={kind!r} has one bit per dimension, 62 at most: num_vq_embeddings={codes} must be "
@@ -331,8 +340,8 @@ class VQGANConfig(PreTrainedConfig):
             )
         if kind == "grouped" and dim % self.num_codebooks:
             raise ValueError(
-                f"vq_embed_dim={dim} is not a multiple of num_codebooks={self.num_codebooks}, among which "
-                "quantizer='grouped' shares it out."
+                f"vq_embed_dim={dim} is not a multiple of num_codebooks={self.num_codebooks}, the number of groups "
+                "that quantizer='grouped' splits it into."
             )
         if kind == "residual" and self.codebook_l2_norm:
             raise ValueError(
@@ -353,7 +362,7 @@ def model_fields() -> list[str]:
 
 
 def bounds_broken(value, bounds: Mapping[str, Any]) -> str | None:
-    """What `value` should be according to a field's `bounds`, if it is not."""
+    """What `value` should be according to a field's `bounds`; `None` if it is."""
     if value is None:
         return None
     if "one_of" in bounds:
@@ -371,10 +380,10 @@ def bounds_broken(value, bounds: Mapping[str, Any]) -> str | None:
 
 
 def idle_options(values: Mapping[str, Any]) -> dict[str, str]:
-    """The options, away from their defaults, that the quantizer in `values` does not have, each with who has it."""
+    """The options not at their defaults that the quantizer in `values` does not have, with those that do, in words."""
     kind, base = values.get("quantizer", "vq"), values.get("base_quantizer", "vq")
     idle: dict[str, str] = {}
-    if kind not in BUILT_IN:  # somebody's own, who knows what it has
+    if kind not in BUILT_IN:  # a user's own quantizer may have any option
         return idle
     kinds, described = [kind], repr(kind)
     if kind in COMPOSITE:

@@ -13,10 +13,10 @@ from transformers.image_processing_utils import BatchFeature
 from transformers.image_utils import PILImageResampling
 from transformers.processing_utils import ImagesKwargs
 
-# An image's shorter side is brought to the size that is asked for: a line of one pixel by many would become gigabytes.
+# Resizing scales the shorter side to the requested size: an image one pixel wide would become gigabytes.
 MAX_ASPECT_RATIO = 100
 
-# What undoes each EXIF orientation but the first, which is upright.
+# How to undo each EXIF orientation except the first, which is upright
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -30,19 +30,19 @@ TURNS = {
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """
-    Any PIL image as upright 8-bit RGB on white paper: the one way in which images come into this package.
+    Any PIL image as upright 8-bit RGB on white: how all images enter this package.
 
     - Turned as its EXIF orientation says. Of an animation, the current frame, which is the first after opening.
     - Transparency, of a channel, a palette or one colour, is composited on white: alpha * colour + (1 - alpha) * 255.
-    - 16-bit and float images are scaled to 8 bits as `to_eight_bits` says, where PIL would cut them off.
+    - 16-bit and float images are scaled to 8 bits by `to_eight_bits`, where PIL would clip them.
     - CMYK, YCbCr, LAB and HSV as PIL converts them. Colour profiles are not applied.
 
     Returns:
         A new image without metadata: passing it in again changes nothing.
 
     Raises:
-        ValueError: for an image without pixels, and for values that no pixel can have.
-        OSError: if the file behind the image is broken.
+        ValueError: for an image without pixels, and for values out of range.
+        OSError: if the image's file is damaged.
     """
     if 0 in image.size:
         raise ValueError(f"an image of {image.width}x{image.height} pixels has none to show.")
@@ -60,7 +60,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """The image turned as its EXIF orientation says; itself if that is upright."""
+    """The image rotated by its EXIF orientation; the image itself if it is upright."""
     image.load()
     turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
     return image if turn is None else image.transpose(turn)
@@ -77,15 +77,14 @@ def _integer_or_float_to_grey(image: Image.Image) -> Image.Image:
 
 def to_eight_bits(values: Tensor) -> Tensor:
     """
-    Pixels of any type to uint8. The type says which value is white, or where it leaves that open, the image does:
+    Pixels of any type to uint8. The dtype decides which value is white or, where it cannot, the image's values do:
 
     - uint8: 255; uint16: 65535; bool: True.
     - other integers: 255 if none is higher, else 65535.
-    - floats: 1 if none is above 2, else 255. Up to a quarter of the range beyond black and white, as resampling
-      overshoots, is cut off.
+    - floats: 1 if none is above 2, else 255. Overshoots of resampling, up to a quarter of the range, are clipped.
 
     Raises:
-        ValueError: for NaN, infinity, and values farther out; it names the value.
+        ValueError: for NaN, infinity, and values further out of range; it names the value.
     """
     if values.dtype == torch.uint8:
         return values
@@ -111,15 +110,15 @@ def check_aspect_ratio(width: int, height: int) -> None:
     """Raises ValueError for an image so narrow that enlarging its shorter side would make it gigantic."""
     if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
         raise ValueError(
-            f"an image of {width}x{height} pixels: one side is more than {MAX_ASPECT_RATIO} times the other. Cut it up."
+            f"an image of {width}x{height} pixels: one side is more than {MAX_ASPECT_RATIO} times the other. Crop it."
         )
 
 
 class VQGANImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]  # a TypedDict
     """
     size_divisor (`int`, *optional*, defaults to 1):
-        After resizing and cropping, the image's centre is cut to sides that are multiples of this: the model's
-        `config.downsample_factor` lets images of any shape through whole, but for a few border pixels.
+        After resizing and cropping, the image is center-cropped to multiples of this. With the model's
+        `config.downsample_factor`, images of any shape pass whole except for a few border pixels.
     """
 
     size_divisor: int
@@ -132,7 +131,7 @@ class VQGANImageProcessor(TorchvisionBackend):
 
     Images and files go through [`~image_processing_vqgan.to_rgb`]: upright, on white. Arrays and tensors may hold
     integers or floats ([`~image_processing_vqgan.to_eight_bits`]), alpha as a fourth channel; with `do_rescale=False`
-    they are taken as they are.
+    they are used unchanged.
 
     By default the shorter side becomes 256 pixels (bicubic, antialiased) and the central 256 x 256 are kept. For whole
     images: `VQGANImageProcessor(do_resize=False, do_center_crop=False, size_divisor=model.config.downsample_factor)`.
@@ -158,7 +157,7 @@ class VQGANImageProcessor(TorchvisionBackend):
     def fetch_images(self, image_url_or_urls):
         if isinstance(image_url_or_urls, str) and Path(image_url_or_urls).is_file():
             with Image.open(image_url_or_urls) as image:
-                return to_rgb(image)  # transformers would show the colours hidden under transparency
+                return to_rgb(image)  # transformers would reveal colours hidden by transparency
         return super().fetch_images(image_url_or_urls)
 
     def process_image(self, image, do_convert_rgb: bool | None = None, **kwargs) -> Tensor:

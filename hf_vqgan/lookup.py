@@ -1,6 +1,6 @@
 """Which code is nearest, and codes to start from: exact, in float32 or better, in bounded memory.
 
-Shapes: N vectors and K codes of D numbers.
+Shapes: N vectors and K codes of dimension D.
 """
 
 import contextlib
@@ -15,12 +15,11 @@ def nearest_code(vectors: Tensor, codebook: Tensor, tile: int = 1024, inner_prod
     """
     Index of the nearest code in Euclidean distance, ties to the lowest index.
 
-    Minimises ½|e|² - z·e, which orders codes as |z - e|² does. Leaving |z|² out is not (only) cheaper: added in
-    float32 it swamps the differences between small codes and picks wrong ones. So would an offset that z and e have in
-    common, which is taken from both first ([`common_offset`]). As one product [z, 1]·[-e, ½|e|²] the
-    scores are written once; at most `tile`² of them exist at a time. A reduction that only finds minima is twice as
-    fast as one that also tells where they are, so the first pass finds each vector's best tile, and the second
-    its best code there.
+    Minimises ½|e|² - z·e, which orders codes as |z - e|² does. Adding |z|² in float32 would not only cost time, but
+    swamp the differences between small codes and pick wrong ones. So would an offset that z and e have in common, which
+    is subtracted from both first ([`common_offset`]). As one product [z, 1]·[-e, ½|e|²] the scores are written once; at
+    most `tile`² of them exist at a time. `amin` is twice as fast as `argmin`, so a first pass finds each vector's best
+    tile, and a second its best code there.
 
     Args:
         vectors (`Tensor` of shape `(N, D)`): z, any float dtype; compared in float32 (float64 stays).
@@ -46,13 +45,13 @@ def near_codes(vectors: Tensor, codebook: Tensor, count: int, inner_product: boo
 
 def common_offset(codebook: Tensor, sample: int = 1024) -> Tensor:
     """
-    A vector `(D,)` near the mean of the codes `(K, D)`, to be taken from them and from the latents that they are
-    compared with. With an offset of 1,000 times the spread, float32 products choose wrong half of the time.
+    A vector `(D,)` near the mean of the codes `(K, D)`, to be subtracted from them and from the latents that they are
+    compared with. With an offset of 1,000 times the spread, half of the choices by float32 products are wrong.
 
-    Any vector would be right, so about `sample` codes are enough to find one. It lies on a grid as wide as the next
-    power of two above their standard deviation: codes about the origin stay as they are, to the last bit, and numbers
-    that have few digits keep them, so that equal distances stay equal. Codes that are not finite have no offset; they
-    come out in the losses then, instead of spoiling all scores.
+    Any vector would be correct, so about `sample` codes are enough to find one. It lies on a grid as wide as the next
+    power of two above their standard deviation: codes around the origin stay the same bit for bit, and values with few
+    digits keep them, so that ties stay ties. Codes that are not finite have no offset; they show in the losses then,
+    instead of spoiling all scores.
     """
     with torch.no_grad():
         variance, mean = torch.var_mean(codebook[:: 1 + (len(codebook) - 1) // sample], dim=0, correction=0)
@@ -70,11 +69,11 @@ _precision_of_backends = [backend for backend in _backends if hasattr(backend, "
 @contextlib.contextmanager
 def exact_products() -> Iterator[None]:
     """
-    Matrix products of float32 numbers in float32, whatever `torch.set_float32_matmul_precision` allows: with TF32, .2
+    Matrix products of float32 tensors in float32, whatever `torch.set_float32_matmul_precision` allows: with TF32, .2
     to .5 % of the choices are other ones.
 
-    The setting belongs to the process: the first thread that enters changes it, the last that leaves restores it. It
-    has no effect on code that is compiled; see `_nearest_code_operator`.
+    The setting is global to the process: the first thread to enter changes it, the last to leave restores it. It has no
+    effect on compiled code; see `_nearest_code_operator`.
     """
     global _precision_users, _precision_before
     if torch.compiler.is_compiling():
@@ -97,7 +96,7 @@ def exact_products() -> Iterator[None]:
 def _get_precision() -> tuple[str | None, ...]:
     try:
         overall = torch.get_float32_matmul_precision()
-    except RuntimeError:  # backends were set one by one, and PyTorch refuses to name one precision for all
+    except RuntimeError:  # raised if backends were set one by one
         overall = None
     return overall, *(backend.fp32_precision for backend in _precision_of_backends)
 
@@ -110,11 +109,11 @@ def _set_precision(overall: str | None, *backends: str | None) -> None:
 
 
 def _comparable(vectors: Tensor, codebook: Tensor, inner_product: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Vectors z and codes e in float32 or better, and what to take from both; from z it is taken already."""
+    """Vectors z and codes e in float32 or better, and their common offset, already subtracted from z."""
     dtype = torch.promote_types(vectors.dtype, torch.float32)
     vectors, codebook = vectors.to(dtype), codebook.to(dtype)
     offset = common_offset(codebook)
-    # z·(e - offset) orders codes as z·e does: there, z itself stays
+    # z·(e - offset) orders codes as z·e does, so for inner products z stays the same
     return vectors if inner_product else vectors - offset, codebook, offset
 
 
@@ -140,20 +139,20 @@ def _nearest_code(vectors: Tensor, codebook: Tensor, tile: int, inner_product: b
             return torch.cat([scores(rows, codes).argmin(dim=1) for rows in z.split(tile)])
         best = z.new_full((len(z),), torch.inf)
         best_tile = torch.zeros(len(z), dtype=torch.int64, device=z.device)
-        for number, own in enumerate(tiles):
-            codes = _with_bias(own, offset, inner_product)
+        for index, codes_of_tile in enumerate(tiles):
+            codes = _with_bias(codes_of_tile, offset, inner_product)
             for rows, low, chosen in zip(z.split(tile), best.split(tile), best_tile.split(tile), strict=True):
                 score = scores(rows, codes).amin(dim=1)
-                chosen.masked_fill_(score < low, number)  # strictly: an equal code of an earlier tile stays
+                chosen.masked_fill_(score < low, index)  # strictly less: ties go to the earlier tile
                 torch.minimum(low, score, out=low)
 
         indices = torch.empty_like(best_tile)
         members_of_tiles = best_tile.argsort().split(best_tile.bincount(minlength=len(tiles)).tolist())
-        for number, members in enumerate(members_of_tiles):
+        for index, members in enumerate(members_of_tiles):
             if len(members):
-                codes = _with_bias(tiles[number], offset, inner_product)
-                for some in members.split(tile):
-                    indices[some] = scores(z[some], codes).argmin(dim=1) + number * tile
+                codes = _with_bias(tiles[index], offset, inner_product)
+                for part in members.split(tile):
+                    indices[part] = scores(z[part], codes).argmin(dim=1) + index * tile
     return indices
 
 
@@ -166,8 +165,8 @@ def _near_codes(vectors: Tensor, codebook: Tensor, count: int, inner_product: bo
         return torch.cat(near)
 
 
-# For compiled code, both searches are one operator each: traced, their products would run at whatever precision holds
-# then, and their sizes depend on the data. Each copy of this module (a pushed model brings its own) has its own.
+# In compiled code, each search is one operator: traced, its products would run at the precision set at run time, and
+# its sizes depend on the data. Every copy of this module (a pushed model includes one) registers its own.
 _namespace = __name__.replace(".", "_")
 _nearest_code_operator = torch.library.custom_op(f"{_namespace}::nearest_code", _nearest_code, mutates_args=())
 _near_codes_operator = torch.library.custom_op(f"{_namespace}::near_codes", _near_codes, mutates_args=())
@@ -185,18 +184,18 @@ def _(vectors: Tensor, codebook: Tensor, count: int, inner_product: bool) -> Ten
 
 def kmeans_plus_plus(points: Tensor, num_clusters: int, generator: torch.Generator | None = None) -> Tensor:
     """
-    Starting centres drawn one by one, each with probability proportional to its squared distance from those before
+    Initial centres drawn one by one, each with probability proportional to its squared distance from the previous ones
     (Arthur & Vassilvitskii 2007). `(N, D)` to `(K, D)`; needs K <= N.
     """
     chosen = torch.empty(num_clusters, dtype=torch.int64)
     chosen[0] = torch.randint(len(points), (), generator=generator)
     distance = torch.full((len(points),), torch.inf, device=points.device)
-    for number in range(1, num_clusters):
-        distance = torch.minimum(distance, (points - points[chosen[number - 1]]).square().sum(dim=1))
+    for index in range(1, num_clusters):
+        distance = torch.minimum(distance, (points - points[chosen[index - 1]]).square().sum(dim=1))
         # Inverse transform sampling: multinomial is limited to 2^24 points and slower.
         mass = distance.double().cumsum(dim=0)
         target = torch.rand((), generator=generator, dtype=torch.float64) * mass[-1].cpu()
-        chosen[number] = torch.searchsorted(mass, target.to(mass.device)).clamp_(max=len(points) - 1)
+        chosen[index] = torch.searchsorted(mass, target.to(mass.device)).clamp_(max=len(points) - 1)
     return points[chosen.to(points.device)]
 
 
@@ -204,8 +203,8 @@ def kmeans(points: Tensor, num_clusters: int, iterations: int = 10, generator: t
     """
     Lloyd's algorithm; a cluster that loses all its points restarts at a random one.
 
-    Starts from k-means++ up to 2048 clusters, from a random subset of the points above, where drawing one by one would
-    take longer than the iterations that make up for it.
+    Starts from k-means++ for up to 2048 clusters; for more, where drawing one by one would take longer than the
+    iterations that it saves, from a random subset of the points.
 
     Args:
         points (`Tensor` of shape `(N, D)`): With N < K, points are repeated with a little noise.

@@ -1,8 +1,8 @@
 """Encoder and decoder of MaskGIT's VQGAN (https://huggingface.co/papers/2202.04200): no attention, few biases.
 
-They take the place of diffusers' `Encoder` and `Decoder` in `VQGANModel` and name their parts alike. What differs:
-average pooling instead of strided convolutions, as many residual blocks per decoder level as per encoder level, and the
-shortcut of a block that changes the number of channels.
+They replace diffusers' `Encoder` and `Decoder` in `VQGANModel` and name their parts alike. The differences: average
+pooling instead of strided convolutions, the same number of residual blocks per level of encoder and decoder, and the
+shortcut of blocks that change the number of channels.
 """
 
 from collections.abc import Callable
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .blocks import norm_act_conv, upsample_conv
+from .blocks import upsample_conv
 
 EPS = 1e-6
 
@@ -20,8 +20,8 @@ class MaskGitResnetBlock(nn.Module):
     """
     `(B, in, h, w)` to `(B, out, h, w)`: h = conv2(act(norm2(conv1(act(norm1(x)))))), then x + h where in = out.
 
-    Where in != out the result is h + conv_shortcut(h): the shortcut convolves the block's own result, and its input has
-    no other way through. That is how the published weights were trained.
+    Where in != out the result is h + conv_shortcut(h): the shortcut convolves the block's own result, not its input.
+    That is how the published weights were trained.
     """
 
     def __init__(self, in_channels: int, out_channels: int, groups: int, act: Callable[[Tensor], Tensor]):
@@ -35,9 +35,12 @@ class MaskGitResnetBlock(nn.Module):
         self.conv_shortcut = nn.Conv2d(out_channels, out_channels, 1, bias=False) if changes else None
 
     def forward(self, features: Tensor) -> Tensor:
-        hidden = norm_act_conv(features, self.norm1, self.act, self.conv1)
-        hidden = norm_act_conv(hidden, self.norm2, self.act, self.conv2)
+        hidden = self.norm_act_conv(features, self.norm1, self.conv1)
+        hidden = self.norm_act_conv(hidden, self.norm2, self.conv2)
         return hidden + (features if self.conv_shortcut is None else self.conv_shortcut(hidden))
+
+    def norm_act_conv(self, x: Tensor, norm: nn.Module, conv: nn.Module) -> Tensor:
+        return conv(self.act(norm(x)))
 
 
 class MaskGitUpsample(nn.Module):
@@ -54,7 +57,7 @@ class MaskGitUpsample(nn.Module):
 class MaskGitBlock(GradientCheckpointingLayer):
     """
     The residual blocks of one level, then (in the decoder, on every level but the last) the upsampling. With gradient
-    checkpointing the backward pass computes a level again from its input.
+    checkpointing, the backward pass recomputes a level from its input.
     """
 
     def __init__(self, in_channels: int, out_channels: int, layers: int, groups: int, act, upsample: bool = False):

@@ -4,9 +4,12 @@ Nothing about losses on images, discriminators or training is here: see losses/ 
 """
 
 import contextlib
+import copy
 import importlib
+import inspect
 import itertools
 import math
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,13 +23,14 @@ from diffusers.models.activations import get_activation
 from diffusers.models.attention_processor import SpatialNorm
 from diffusers.models.autoencoders.vae import Decoder, DecoderOutput, Encoder, IdentityDistribution
 from diffusers.models.unets.unet_2d_blocks import get_down_block
+from diffusers.models.upsampling import Upsample2D
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from .blocks import lighten
+from .blocks import UpsamplingBlock, replace_blocks
 from .configuration_vqgan import VQGANConfig
 from .modeling_maskgit import MaskGitDecoder, MaskGitEncoder
 from .quantizers import QUANTIZERS, Quantizer, layerwise_casting
@@ -56,7 +60,7 @@ class VQGANOutput(ModelOutput):
         indices (`Tensor` of shape `(B, h, w)`, int64): Chosen codes; `(B, h, w, n)` with n codes per position.
         losses (`dict[str, Tensor]`): The quantizer's named, unweighted losses.
         hidden_states (`tuple[Tensor]`, *optional*):
-            With `output_hidden_states`, the features in the order of their making: after each level of the encoder
+            With `output_hidden_states`, the features in order of computation: after each level of the encoder
             `(B, C_i, H_i, W_i)` and its middle block, then after the decoder's middle block and each of its levels.
     """
 
@@ -116,10 +120,7 @@ class VQGANModel(PreTrainedModel):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
         """
-        As in transformers.
-
-        Raises:
-            OSError: also for a file of weights that is damaged.
+        As in transformers; damaged weights are an `OSError`, too.
         """
         try:
             return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
@@ -128,16 +129,35 @@ class VQGANModel(PreTrainedModel):
                 f"the weights of {pretrained_model_name_or_path} are damaged ({error}). Copy or download them again."
             ) from error
 
+    def save_pretrained(self, save_directory: str | Path, *args, **kwargs) -> None:
+        super().save_pretrained(save_directory, *args, **kwargs)
+        config = Path(save_directory, "config.json")
+        for file in config.parent.glob("*.safetensors") if config.is_file() else ():
+            shutil.copymode(config, file)  # safetensors makes files that only their owner can read
+
+    # By which diffusers' pipelines find out what they may pass on
+    save_pretrained.__signature__ = inspect.signature(PreTrainedModel.save_pretrained)  # type: ignore[attr-defined]
+
+    @classmethod
+    def from_config(cls, config: VQGANConfig | str | Path, return_unused_kwargs: bool = False):
+        """A model with new weights, as diffusers' `EMAModel` asks for it; its own settings are the unused arguments."""
+        own = copy.deepcopy(config) if isinstance(config, VQGANConfig) else VQGANConfig.from_pretrained(config)
+        return (cls(own), getattr(own, "_ema", {})) if return_unused_kwargs else cls(own)
+
+    def register_to_config(self, **settings) -> None:
+        """Note the settings of diffusers' `EMAModel` in config.json."""
+        self.config._ema = settings
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        # transformers' own rule would draw every weight from N(0, 0.02). Layers here start as they say themselves:
-        # PyTorch's fan-in scale, which diffusers' blocks are made for. Each module sets its direct parameters only.
+        # transformers would draw every weight from N(0, 0.02). Here layers initialize themselves: at PyTorch's fan-in
+        # scale, which diffusers' blocks are designed for. Each module sets only its direct parameters.
         if hasattr(module, "reset_parameters"):
             module.reset_parameters()
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the first layer computes in. With layerwise casting, its weights are stored in another dtype."""
+        """The compute dtype of the first layer. With layerwise casting, its weights are stored in another one."""
         for module in self.modules():
             if (casting := layerwise_casting(module)) is not None:
                 return casting.compute_dtype
@@ -152,7 +172,7 @@ class VQGANModel(PreTrainedModel):
         return self.decoder.conv_out.weight
 
     def enable_slicing(self) -> None:
-        """Encode and decode one image of a batch at a time: the memory of one image, the same results."""
+        """Encode and decode one image of a batch at a time: the memory of one image, with the same results."""
         self.use_slicing = True
 
     def disable_slicing(self) -> None:
@@ -162,13 +182,12 @@ class VQGANModel(PreTrainedModel):
         """
         Encode and decode images larger than a tile in overlapping tiles, blended linearly: the memory of one tile.
 
-        Normalisation and attention then see a tile instead of the image, so results differ a little from untiled ones;
-        how little is measured in docs/diffusers.md. Codes are chosen once, on the blended latents.
+        Normalization and attention then see a tile instead of the image, so results differ slightly from untiled ones;
+        docs/diffusers.md has measurements. Codes are chosen once, on the blended latents.
 
         Args:
             tile_sample_min_size (`int`, *optional*):
-                Side of a tile in pixels, a multiple of f. Default: about `config.sample_size`, where the model was
-                trained.
+                Side of a tile in pixels, a multiple of f. Default: about `config.sample_size`, as in training.
             tile_overlap_factor (`float`, defaults to 0.25): Share of a tile that overlaps the next, in [0, 1).
 
         Raises:
@@ -194,8 +213,8 @@ class VQGANModel(PreTrainedModel):
         self, onload_device: torch.device | str, offload_to_disk_path: str | None = None, **options
     ) -> None:
         """
-        Keep the networks' weights elsewhere, and bring groups of layers to `onload_device` as they run; the codebook,
-        which no layer owns, stays there. Diffusers' pipelines call this from their own `enable_group_offload`.
+        Keep the networks' weights elsewhere, and move groups of layers to `onload_device` as they run; the codebook
+        stays there, as it belongs to no layer. Diffusers' pipelines call this from their own `enable_group_offload`.
 
         Args:
             onload_device (`torch.device` or `str`): Where to compute, and where inputs are expected.
@@ -217,14 +236,14 @@ class VQGANModel(PreTrainedModel):
     ) -> None:
         """
         Store the networks' weights in fewer bits, and cast each layer's when it runs: for inference, as diffusers'
-        models do. Normalisation and the codebook stay in `compute_dtype`.
+        models do. Normalization and the codebook stay in `compute_dtype`.
 
         Args:
             storage_dtype (`torch.dtype`): Of the weights at rest.
             compute_dtype (`torch.dtype`, *optional*): Of computations. Default: the model's dtype.
             skip_modules_pattern (`tuple[str, ...]`, *optional*):
-                Regular expressions for the names of layers to leave alone beside the quantizer. Default: those of
-                diffusers, above all the norms.
+                Regular expressions for the names of layers to leave unchanged besides the quantizer. Default: those of
+                diffusers, mainly norms.
             options: Of `diffusers.hooks.apply_layerwise_casting`: `skip_modules_classes`, `non_blocking`.
         """
         compute_dtype = compute_dtype or self.dtype
@@ -282,7 +301,12 @@ class VQGANModel(PreTrainedModel):
         return DecoderOutput(sample=sample) if return_dict else (sample,)
 
     def encode_indices(self, pixel_values: Tensor) -> Tensor:
-        """Images `(B, C, H, W)` in [-1, 1] to codes `(B, H/f, W/f)`, or `(B, H/f, W/f, n)`, int64."""
+        """
+        Images `(B, C, H, W)` in [-1, 1] to codes `(B, H/f, W/f)`, or `(B, H/f, W/f, n)`, int64.
+
+        Raises:
+            ValueError: as `encode`; in eval mode, for pixels that are NaN or infinite.
+        """
         return self.quantize(self.encode(pixel_values).latents).indices
 
     def decode_indices(self, indices: Tensor, return_dict: bool = True) -> DecoderOutput | tuple[Tensor]:
@@ -301,19 +325,19 @@ class VQGANModel(PreTrainedModel):
         """
         Reconstruct `pixel_values` `(B, C, H, W)` in [-1, 1].
 
-        With `force_not_quantize` the decoder sees the continuous latents, as at the start of some trainings; indices
-        and losses are those of the quantizer all the same. `latent_transform` maps the latents before quantization, in
-        trainings that ask more of them than to be decodable; the output's `latents` are then what it gives.
+        With `force_not_quantize` the decoder gets the continuous latents, as at the start of some trainings; indices
+        and losses are still the quantizer's. `latent_transform` maps the latents before quantization, for training
+        objectives on latents; the output's `latents` are then its result.
 
         Args:
             return_dict (`bool`, *optional*):
-                Whether to return a [`VQGANOutput`] or a tuple of what it holds. Default: `config.return_dict`.
+                Whether to return a [`VQGANOutput`] or a tuple of its values. Default: `config.return_dict`.
             output_hidden_states (`bool`, *optional*):
                 Whether to return the features of every level, too. Default: `config.output_hidden_states`.
-            output_attentions (`bool`, *optional*): Not to be had: the attention kernels keep no weights.
+            output_attentions (`bool`, *optional*): Not supported: the attention kernels keep no weights.
 
         Raises:
-            ValueError: as `encode`; for `output_attentions`; for `output_hidden_states` of an image in parts.
+            ValueError: as `encode`; for `output_attentions`; for `output_hidden_states` with slicing or tiling.
         """
         config = self.config
         if config.output_attentions if output_attentions is None else output_attentions:
@@ -321,8 +345,8 @@ class VQGANModel(PreTrainedModel):
         wanted = config.output_hidden_states if output_hidden_states is None else output_hidden_states
         if wanted and (self.use_slicing or self.use_tiling):
             raise ValueError(
-                "output_hidden_states=True: features of an image in parts do not fit together. Call disable_slicing() "
-                "and disable_tiling() first."
+                "output_hidden_states=True does not work with slicing or tiling. Call disable_slicing() and "
+                "disable_tiling() first."
             )
         with recorded(self._levels() if wanted else []) as features:
             latents = self.encode(pixel_values).latents
@@ -359,16 +383,15 @@ class VQGANModel(PreTrainedModel):
                 `"raw"`, or `"ema"` for their moving average; by default what the original's evaluation uses.
 
         Returns:
-            [`VQGANModel`] in eval mode and in the file's dtype. It takes and gives pixels in [-1, 1], whatever the
-            original did.
+            [`VQGANModel`] in eval mode and in the file's dtype. Its pixels are in [-1, 1], whatever the original's.
 
         Raises:
             FileNotFoundError: if there is no such file or folder.
-            ValueError: for a damaged file, an unknown family, a pickle that calls for other code, and tensors that are
-                missing, surplus or misshapen (all of them listed). Nothing is loaded in part.
+            ValueError: for a damaged file, an unknown family, a pickle that would run other code, and tensors that are
+                missing, surplus or misshapen (all of them listed). Nothing is loaded partially.
         """
         model = _conversion().load_original(path_or_repo, format, config, weights)
-        for tensor in model.state_dict(keep_vars=True).values():  # one by one: the file's pages can go again
+        for tensor in model.state_dict(keep_vars=True).values():  # one by one, so that the file's pages can be freed
             tensor.data = tensor.data.clone()
         return model
 
@@ -383,7 +406,7 @@ class VQGANModel(PreTrainedModel):
             `(dict[str, Tensor], dict)`: state dict, sharing memory with the model, and config.
 
         Raises:
-            ValueError: if the project's code cannot hold the model; lists all that stands against it.
+            ValueError: if the project's code cannot hold the model; lists all reasons.
         """
         return _conversion().export_original(self, format)
 
@@ -392,7 +415,7 @@ class VQGANModel(PreTrainedModel):
         The arguments and the state dict of an equal `diffusers.VQModel`.
 
         Raises:
-            ValueError: if `diffusers.VQModel` cannot hold the model; lists all that stands against it.
+            ValueError: if `diffusers.VQModel` cannot hold the model; lists all reasons.
         """
         config, codebook = self.config, self.quantize.to_codebook()
         obstacles = {
@@ -423,7 +446,7 @@ class VQGANModel(PreTrainedModel):
         The same model as a stock `diffusers.VQModel`, with copied weights and equal outputs.
 
         Raises:
-            ValueError: if `diffusers.VQModel` cannot hold the model; lists all that stands against it.
+            ValueError: if `diffusers.VQModel` cannot hold the model; lists all reasons.
         """
         fields, weights = self.diffusers_parts()
         model = VQModel(**fields)
@@ -433,7 +456,7 @@ class VQGANModel(PreTrainedModel):
         return model.train(self.training)
 
     def _levels(self) -> list[nn.Module]:
-        """The blocks that an image passes on its way through encoder and decoder."""
+        """The blocks of encoder and decoder, in order."""
         blocks = [*self.encoder.down_blocks, self.encoder.mid_block]
         return blocks if self.config.encoder_only else [*blocks, self.decoder.mid_block, *self.decoder.up_blocks]
 
@@ -445,7 +468,7 @@ class VQGANModel(PreTrainedModel):
             )
 
         def decode(codes: Tensor) -> Tensor:
-            # The spatial norms of MoVQ see the codes themselves beside the features.
+            # The spatial norms of MoVQ take the codes in addition to the features
             return self.decoder(self.post_quant_conv(codes), codes if self.config.norm_type == "spatial" else None)
 
         sample = self._in_parts(decode, quantized, encoding=False)
@@ -461,7 +484,7 @@ class VQGANModel(PreTrainedModel):
             return network(x)
         before, after = (factor, 1) if encoding else (1, factor)
         channels = self.config.vq_embed_dim if encoding else self.config.out_channels
-        # In float32 whatever the model's dtype: sums of rounded weights would show.
+        # In float32 whatever the model's dtype: rounding errors of the sums would be visible
         weights = torch.zeros([side * after for side in latent_sides], device=x.device)
         blended = torch.zeros(len(x), channels, *weights.shape, device=x.device)
         tiles = [tile_slices(side, self.tile_latent_min_size, self.tile_latent_overlap) for side in latent_sides]
@@ -474,6 +497,8 @@ class VQGANModel(PreTrainedModel):
         return (blended / weights).to(x.dtype)
 
     def _look_up(self, indices: Tensor) -> Tensor:
+        if not indices.numel():
+            raise ValueError(f"indices of shape {tuple(indices.shape)} hold no codes: expected some.")
         several = self.quantize.num_codebooks > 1
         expected = f"(B, h, w, {self.quantize.num_codebooks})" if several else "(B, h, w)"
         if indices.ndim != 3 + several or (several and indices.shape[3] != self.quantize.num_codebooks):
@@ -486,6 +511,8 @@ class VQGANModel(PreTrainedModel):
         return self.quantize.codes(indices.long()).to(self.dtype)
 
     def _check_pixels(self, pixel_values: Tensor) -> None:
+        if not pixel_values.numel():
+            raise ValueError(f"pixel_values of shape {tuple(pixel_values.shape)} hold no pixels: expected an image.")
         if pixel_values.ndim != 4 or pixel_values.shape[1] != self.config.in_channels:
             raise ValueError(
                 f"pixel_values of shape {tuple(pixel_values.shape)}: expected (B, {self.config.in_channels}, H, W)."
@@ -506,7 +533,7 @@ class VQGANModel(PreTrainedModel):
 
 @contextlib.contextmanager
 def recorded(modules: list[nn.Module]) -> Iterator[list[Tensor]]:
-    """What `modules` return from here on, in the order of their calls."""
+    """The outputs of `modules` while the context is active, in the order of their calls."""
     outputs: list[Tensor] = []
     hooks = [module.register_forward_hook(lambda _, inputs, output: outputs.append(output)) for module in modules]
     try:
@@ -517,8 +544,8 @@ def recorded(modules: list[nn.Module]) -> Iterator[list[Tensor]]:
 
 
 def _conversion():
-    """The module that knows other projects' formats. It builds on this one, hence the late import; and by name, because
-    transformers sends along whatever a saved model's code imports in a statement."""
+    """The module that knows other projects' formats. It imports this one, hence the late import; and by name, because
+    transformers copies every module that a saved model's code imports by a statement."""
     return importlib.import_module("hf_vqgan.conversion.convert")
 
 
@@ -541,7 +568,7 @@ def build_encoder(config: VQGANConfig) -> nn.Module:
         **shared,
     )
     first = config.block_out_channels[0]
-    if config.stem_channels != first:  # diffusers has one number for both
+    if config.stem_channels != first:  # diffusers has one setting for both
         encoder.conv_in = nn.Conv2d(config.in_channels, config.stem_channels, 3, padding=1)
         encoder.down_blocks[0] = get_down_block(
             config.down_block_types[0],
@@ -556,7 +583,7 @@ def build_encoder(config: VQGANConfig) -> nn.Module:
             downsample_padding=0,
             attention_head_dim=first,
         )
-    return lighten(encoder)
+    return encoder
 
 
 def build_decoder(config: VQGANConfig) -> nn.Module:
@@ -577,23 +604,23 @@ def build_decoder(config: VQGANConfig) -> nn.Module:
         norm_type=config.norm_type,
         **shared,
     )
-    if config.vq_embed_dim != config.latent_channels:  # diffusers has one number for both
+    if config.vq_embed_dim != config.latent_channels:  # diffusers has one setting for both
         for norm in decoder.modules():
             if isinstance(norm, SpatialNorm):
                 channels = norm.norm_layer.num_channels
                 norm.conv_y = nn.Conv2d(config.vq_embed_dim, channels, 1)
                 norm.conv_b = nn.Conv2d(config.vq_embed_dim, channels, 1)
-    return lighten(decoder)
+    return replace_blocks(decoder, {Upsample2D: UpsamplingBlock})
 
 
 def tile_slices(side: int, tile: int, overlap: int) -> list[slice]:
     """
-    Slices of `tile` that cover `side`, neighbours overlapping by at least `overlap`. All have the same length, the last
-    one moved inwards instead of cut: a sliver's normalisation statistics would show as a seam.
+    Slices of length `tile` that cover `side`, neighbours overlapping by at least `overlap`. The last one is moved
+    inwards instead of cut: the normalization statistics of a sliver would be visible as a seam.
     """
     tile = min(tile, side)
     count = 1 + math.ceil((side - tile) / (tile - min(overlap, tile - 1)))
-    starts = [0] if count == 1 else [round(number * (side - tile) / (count - 1)) for number in range(count)]
+    starts = [0] if count == 1 else [round(index * (side - tile) / (count - 1)) for index in range(count)]
     return [slice(start, start + tile) for start in starts]
 
 
@@ -602,6 +629,6 @@ def scaled(part: slice, factor: int) -> slice:
 
 
 def blend_ramp(side: int, overlap: int, device: torch.device) -> Tensor:
-    """Weights `(side,)` that rise linearly from a tile's edges to 1 over `overlap`; the caller normalises them."""
+    """Weights `(side,)` that rise linearly from a tile's edges to 1 over `overlap`; the caller normalizes them."""
     position = torch.arange(side, device=device) + 0.5
     return (torch.minimum(position, side - position) / max(overlap, 0.5)).clamp(max=1)

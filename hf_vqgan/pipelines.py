@@ -16,7 +16,7 @@ OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 
 def normalize_latents(vqvae: VQGANModel | VQModel, latents: Tensor) -> Tensor:
-    """Latents as `encode` gives them to what a diffusion model sees: about zero mean and unit variance."""
+    """Latents from `encode`, scaled for a diffusion model: about zero mean and unit variance."""
     return (latents - getattr(vqvae.config, "shift_factor", 0.0)) * vqvae.config.scaling_factor
 
 
@@ -27,10 +27,10 @@ def denormalize_latents(vqvae: VQGANModel | VQModel, latents: Tensor) -> Tensor:
 
 def count_classes(denoiser: UNet2DModel | DiTTransformer2DModel) -> int:
     """
-    How many classes the denoiser can be asked for; 0 if it is unconditional.
+    Number of classes that the denoiser knows; 0 if it is unconditional.
 
-    One more embedding, the last, stands for "no class". A DiT makes room for it on its own; a UNet has no notion of it,
-    so its `num_class_embeds` is one more than there are classes.
+    Its last class embedding means "no class". A DiT adds it by itself; a UNet does not, so its `num_class_embeds` is
+    the number of classes plus one.
     """
     if isinstance(denoiser, DiTTransformer2DModel):
         return denoiser.config.num_embeds_ada_norm
@@ -43,8 +43,8 @@ def predict(
     """
     The denoiser's prediction for noisy `latents` `(B, D, h, w)`, in their dtype.
 
-    A DiT that also predicts the noise's variance has twice the channels: the second half is dropped, as stock pipelines
-    do, because the schedulers here do without.
+    A DiT that also predicts the noise's variance has twice the channels: the second half is dropped, as in diffusers'
+    own pipelines, because the schedulers do not use it.
 
     Args:
         timesteps (`Tensor` of shape `(B,)`): Integer or, for flow matching, float in [0, 1000].
@@ -61,15 +61,15 @@ class VQGANLatentDiffusionPipeline(DiffusionPipeline):
     r"""
     Unconditional or class-conditional sampling in the latent space of a VQ-GAN, with any diffusers scheduler.
 
-    Latents and the scheduler's arithmetic stay in float32; the networks may be in any dtype. So the noise that a seed
-    gives is the same in float32 and bfloat16.
+    Latents and the scheduler's arithmetic stay in float32, whatever the dtype of the networks, so that a seed gives the
+    same noise in float32 and bfloat16.
 
     Args:
         vqvae ([`VQGANModel`] or `diffusers.VQModel`): Decodes the latents, which it quantizes first.
         denoiser (`UNet2DModel` or `DiTTransformer2DModel`):
-            Predicts noise, velocity or flow, whatever the scheduler expects. Its last class embedding is "no class".
+            Predicts noise, velocity or flow, as the scheduler expects. Its last class embedding means "no class".
         scheduler: Any diffusers scheduler, flow matching included.
-        id2label (`dict`, *optional*): Names of the classes, which may then be given instead of numbers.
+        id2label (`dict`, *optional*): Names of the classes, accepted in place of their indices.
 
     Example:
     ```python
@@ -92,8 +92,8 @@ class VQGANLatentDiffusionPipeline(DiffusionPipeline):
     ):
         super().__init__()
         self.register_modules(vqvae=vqvae, denoiser=denoiser, scheduler=scheduler)
-        # JSON has no integer keys: a loaded pipeline has to equal the one saved.
-        id2label = {str(number): name for number, name in id2label.items()} if id2label else None
+        # JSON has no integer keys, and a loaded pipeline has to equal the saved one.
+        id2label = {str(index): name for index, name in id2label.items()} if id2label else None
         self.register_to_config(id2label=id2label)
         self.image_processor = VaeImageProcessor(vae_scale_factor=2 ** (len(vqvae.config.block_out_channels) - 1))
 
@@ -113,10 +113,10 @@ class VQGANLatentDiffusionPipeline(DiffusionPipeline):
         """
         Args:
             batch_size (`int`): How many images; with `class_labels`, how many per label.
-            class_labels (*optional*): One or more class numbers, or names from `id2label`. `None`: no class.
+            class_labels (*optional*): One or more class indices, or names from `id2label`. `None`: no class.
             guidance_scale (`float`):
-                w of classifier-free guidance (https://huggingface.co/papers/2207.12598): away from the prediction
-                without class, towards and past (w > 1) the one with it. 1 means no guidance, at half the work.
+                w of classifier-free guidance (https://huggingface.co/papers/2207.12598), which extrapolates (w > 1)
+                from the prediction without class to the one with it. 1 means no guidance, at half the cost.
             num_inference_steps (`int`): Steps of the scheduler.
             eta (`float`): η of DDIM; schedulers without it ignore it.
             generator (`torch.Generator` or one per image, *optional*): Source of all noise.
@@ -134,7 +134,7 @@ class VQGANLatentDiffusionPipeline(DiffusionPipeline):
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type={output_type!r} must be one of {', '.join(map(repr, OUTPUT_TYPES))}.")
         device, config = self._execution_device, self.denoiser.config
-        labels, no_class = self._class_numbers(class_labels, batch_size, guidance_scale)
+        labels, no_class = self._class_indices(class_labels, batch_size, guidance_scale)
         count = batch_size if labels is None else len(labels)
         shape = (count, config.in_channels, config.sample_size, config.sample_size)
         if latents is None:
@@ -167,10 +167,10 @@ class VQGANLatentDiffusionPipeline(DiffusionPipeline):
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
-    def _class_numbers(
+    def _class_indices(
         self, class_labels: int | str | list[int | str] | Tensor | None, batch_size: int, guidance_scale: float
     ) -> tuple[Tensor | None, int]:
-        """Class numbers `(B,)` for the denoiser, `None` if it takes none, and the number that means no class."""
+        """Class indices `(B,)` for the denoiser, `None` if it takes none, and the index that means no class."""
         classes = count_classes(self.denoiser)
         if class_labels is None:
             if guidance_scale != 1:
@@ -182,11 +182,11 @@ class VQGANLatentDiffusionPipeline(DiffusionPipeline):
             raise ValueError("class_labels are given, but the pipeline's denoiser is unconditional.")
         if isinstance(class_labels, (int, str)):
             class_labels = [class_labels]
-        numbers_of = {name: int(number) for number, name in (self.config.id2label or {}).items()}
-        numbers = [numbers_of.get(label, -1) if isinstance(label, str) else int(label) for label in class_labels]
-        unknown = [label for label, number in zip(class_labels, numbers, strict=True) if not 0 <= number < classes]
+        index_of = {name: int(index) for index, name in (self.config.id2label or {}).items()}
+        indices = [index_of.get(label, -1) if isinstance(label, str) else int(label) for label in class_labels]
+        unknown = [label for label, index in zip(class_labels, indices, strict=True) if not 0 <= index < classes]
         if unknown:
-            names = f", or their names in pipeline.config.id2label ({len(numbers_of)} of them)" if numbers_of else ""
-            raise ValueError(f"class_labels {unknown}: expected numbers from 0 to {classes - 1}{names}.")
-        labels = torch.tensor(numbers, device=self._execution_device)
+            names = f", or their names in pipeline.config.id2label ({len(index_of)} of them)" if index_of else ""
+            raise ValueError(f"class_labels {unknown}: expected indices from 0 to {classes - 1}{names}.")
+        labels = torch.tensor(indices, device=self._execution_device)
         return labels.repeat_interleave(batch_size), classes

@@ -2,22 +2,22 @@
 
 Shapes: B images, D numbers per code, h x w latent positions, N = B*h*w vectors, K codes per codebook, n codebooks.
 
-Every quantizer keeps four promises, which the test suite checks on each entry of `QUANTIZERS`:
-1. `forward` changes no weight and no buffer, in training or not. What training has to change besides gradients is done
-   by methods that the trainer calls by name: `initialize_codebook`, `update_codebook`, `restart_codes`.
-2. `quantized` equals `codes(indices)` to the last bit: what the decoder sees in training is what it sees later from
-   stored indices. (The one exception is asked for by name: `normalize_on_lookup`.)
-3. Codes are chosen in float32 or better, whatever the dtype of the model and the precision that PyTorch may use for
-   products. In bfloat16 up to all choices are wrong.
-4. Losses are named and unweighted; `loss_names` says in advance which there are.
+Every quantizer guarantees the following, which the test suite checks for each entry of `QUANTIZERS`:
+1. `forward` changes no weight and no buffer, in training or not. Updates that are not by gradient are methods that the
+   trainer calls: `initialize_codebook`, `update_codebook`, `restart_codes`.
+2. `quantized` equals `codes(indices)` bit for bit: the decoder sees in training what it later sees from stored indices.
+   (The one exception is an option: `normalize_on_lookup`.)
+3. Codes are chosen in float32 or better, whatever the model's dtype and the precision that PyTorch may use for
+   products. In bfloat16, as many as all choices are wrong.
+4. Losses are named and unweighted; `loss_names` lists them in advance.
 """
 
 import contextlib
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -28,13 +28,15 @@ from transformers import initialization as init
 from .configuration_vqgan import VQGANConfig
 from .lookup import cluster_sums, common_offset, exact_products, kmeans, near_codes, nearest_code
 
+T = TypeVar("T")
+
 
 @dataclass
 class QuantizerOutput:
     """
     Args:
         quantized (`Tensor` of shape `(B, D, h, w)`): The chosen codes, in the dtype of the latents.
-        indices (`Tensor` of shape `(B, h, w)`, or `(B, h, w, n)` with n codebooks, int64): The chosen codes' numbers.
+        indices (`Tensor` of shape `(B, h, w)`, or `(B, h, w, n)` with n codebooks, int64): Indices of the chosen codes.
         losses (`dict[str, Tensor]`): Named, unweighted scalars, in float32 or better.
 
     Also unpacks as diffusers' `VectorQuantizer` result, `quantized, loss, (perplexity, encodings, flat_indices)`.
@@ -52,6 +54,20 @@ class QuantizerOutput:
         return tuple(self)[index]
 
 
+def wide(tensor: Tensor) -> Tensor:
+    """`tensor` in float32, or as it is if its dtype is wider."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def in_parts(function: Callable[[Tensor], T], rows: Tensor, num_codes: int, max_scores: int = 2**24) -> list[T]:
+    """
+    `function` of as many `rows` at a time as have `max_scores` scores for `num_codes` codes; the backward pass computes
+    each part again instead of keeping its scores.
+    """
+    parts = rows.split(max(1, max_scores // num_codes))
+    return [checkpoint(function, part, use_reentrant=False) for part in parts]
+
+
 def entropy(probabilities: Tensor) -> Tensor:
     """-Σ p log p over the last dimension, in nats; 0 log 0 = 0, with a finite gradient there."""
     return -(probabilities * probabilities.clamp_min(1e-20).log()).sum(dim=-1)
@@ -59,10 +75,10 @@ def entropy(probabilities: Tensor) -> Tensor:
 
 def entropy_loss(vectors: Tensor, codebook: Tensor, temperature: float, max_scores: int = 2**24) -> Tensor:
     r"""
-    E[H(p)] - H(E[p]) with p = softmax(-|z - e|² / τ): every vector should be sure of its code, and all codes be used
+    E[H(p)] - H(E[p]) with p = softmax(-|z - e|² / τ): each vector should be sure of its code, and all codes be used
     (MAGVIT-v2, https://huggingface.co/papers/2310.05737, eq. 5).
 
-    Holds at most `max_scores` of the N x K probabilities at a time; the backward pass computes them again.
+    Holds at most `max_scores` of the N x K probabilities at a time.
     """
     offset = common_offset(codebook)
     vectors, codebook = vectors - offset, codebook - offset
@@ -74,8 +90,8 @@ def entropy_loss(vectors: Tensor, codebook: Tensor, temperature: float, max_scor
         p = logits.softmax(dim=1)
         return entropy(p).sum(), p.sum(dim=0)
 
-    parts = [checkpoint(part, rows, use_reentrant=False) for rows in vectors.split(max(1, max_scores // len(codebook)))]
-    sure, used = (sum(figures) / len(vectors) for figures in zip(*parts, strict=True))
+    parts = in_parts(part, vectors, len(codebook), max_scores)
+    sure, used = (sum(sums) / len(vectors) for sums in zip(*parts, strict=True))
     return sure - entropy(used)
 
 
@@ -113,27 +129,6 @@ class _PassGradient(torch.autograd.Function):
         return grad, grad
 
 
-class _SquaredError(torch.autograd.Function):
-    """
-    mean (z - e)² twice, from one difference: as the commitment loss, whose gradient goes to z, and as the codebook
-    loss, whose gradient goes to e. Each takes the other side as constant, in second derivatives, too.
-    """
-
-    @staticmethod
-    def forward(ctx, z: Tensor, e: Tensor) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(z, e)
-        mean = (z - e).square().mean()
-        return mean, mean.clone()
-
-    @staticmethod
-    def backward(ctx, commitment_grad: Tensor, codebook_grad: Tensor):
-        z, e = ctx.saved_tensors
-        share = 2 / z.numel()
-        at_z = (z - e.detach()) * (commitment_grad * share) if ctx.needs_input_grad[0] else None
-        at_e = (e - z.detach()) * (codebook_grad * share) if ctx.needs_input_grad[1] else None
-        return at_z, at_e
-
-
 class _Rotate(torch.autograd.Function):
     r"""
     Forward: the codes e `(N, D)`. Backward to the latents z: as if e = λRz with λ = |e|/|z| and R the rotation that
@@ -163,10 +158,9 @@ class _Rotate(torch.autograd.Function):
 @contextlib.contextmanager
 def fetched(module: nn.Module) -> Iterator[None]:
     """
-    The module with its weights in place and in the dtype of computations, wherever Accelerate has offloaded them
-    (`device_map`, sequential offloading) and in whatever diffusers stores them (layerwise casting).
-
-    Their hooks bring a layer's weights for the layer's forward pass only; codebooks are read without one.
+    Has the module's weights in place and in the compute dtype, even if Accelerate has offloaded them (`device_map`,
+    sequential offloading) or diffusers stores them in another dtype (layerwise casting). Their hooks fetch a layer's
+    weights for its forward pass only, and codebooks are read without one.
     """
     hooked = []
     for part in module.modules():
@@ -214,8 +208,8 @@ class Quantizer(nn.Module):
             raise ValueError(f"latents of shape {tuple(latents.shape)}: expected (B, {self.embed_dim}, h, w).")
         if latents.numel() == 0:
             raise ValueError(f"latents of shape {tuple(latents.shape)} are empty: there is nothing to quantize.")
-        # One sum instead of a look at every value: NaN and infinity survive it. In training they pass on to the losses,
-        # where the trainer skips the step on all processes alike.
+        # One sum is enough, as NaN and infinity propagate. In training they reach the losses, and the trainer skips the
+        # step on all processes alike.
         precision = torch.promote_types(latents.dtype, torch.float32)
         checked = not (self.training or torch.compiler.is_compiling())
         if checked and not latents.sum(dtype=precision).isfinite():
@@ -247,7 +241,7 @@ class Quantizer(nn.Module):
         """`(K, D)` if the choice is the Euclidean nearest row of a plain codebook, as in diffusers; else `None`."""
         return None
 
-    # What the trainer calls besides `forward`. Quantizers without codes to move leave these as they are.
+    # What the trainer calls besides `forward`. Quantizers without trainable codes inherit these defaults.
 
     def codebook_parameters(self) -> list[nn.Parameter]:
         """Per codebook, the `(K, D/n)` weight whose rows can be started from data and restarted; empty if fixed."""
@@ -257,8 +251,8 @@ class Quantizer(nn.Module):
         """Start the codes as the k-means of latents `(N, D)`."""
 
     def codebook_statistics(self, vectors: Tensor, indices: Tensor) -> Tensor | None:
-        """What `update_codebook` needs from latents `(N, D)` and indices `(N,)` or `(N, n)`: sums, to be added up over
-        processes. `None` if it needs nothing."""
+        """The sums that `update_codebook` needs of latents `(N, D)` and indices `(N,)` or `(N, n)`, to be added up over
+        processes; `None` if it needs nothing."""
         return None
 
     def update_codebook(self, statistics: Tensor) -> None:
@@ -269,16 +263,24 @@ class Quantizer(nn.Module):
         Move codes marked in `dead` `(n*K,)` bool onto distinct, randomly drawn latents out of `vectors` `(N, D)`.
 
         Returns:
-            `Tensor` `(n*K,)` bool: the codes that were moved; not all of `dead` if there are more of them than latents.
+            `Tensor` `(n*K,)` bool: the codes that were moved, fewer than `dead` if there are fewer latents.
         """
         return torch.zeros_like(dead)
 
 
 class Codebook(nn.Embedding):
-    """K codes of dimension D, `weight` `(K, D)`, started as taming-transformers and diffusers do, at U(±1/K)."""
+    """K codes of dimension D, `weight` `(K, D)`: from U(±1/K) as in taming-transformers; frozen ones from N(0, 1/D)."""
+
+    def __init__(self, num_embeddings: int, embedding_dim: int, frozen: bool = False):
+        self.frozen = frozen  # read by reset_parameters, which the next line calls
+        super().__init__(num_embeddings, embedding_dim)
+        self.weight.requires_grad_(not frozen)
 
     def reset_parameters(self) -> None:
-        init.uniform_(self.weight, -1 / self.num_embeddings, 1 / self.num_embeddings)
+        if self.frozen:
+            init.normal_(self.weight, std=self.embedding_dim**-0.5)
+        else:
+            init.uniform_(self.weight, -1 / self.num_embeddings, 1 / self.num_embeddings)
 
 
 class VectorQuantizer(Quantizer):
@@ -295,10 +297,11 @@ class VectorQuantizer(Quantizer):
             https://huggingface.co/papers/2110.04627, section 3.1). With 8 dimensions, LlamaGen's recipe.
         `rotation_trick`: the gradient is rotated from e to z instead of copied (not for `ibq`, which does neither).
         `entropy_weight` > 0: the entropy loss, at a cost of N x K probabilities.
-        `perturbation_share` > 0: in training, this share of the choices falls on one of the `perturbation_neighbours`
-            nearest codes instead, so that the decoder bears a wrong token (https://huggingface.co/papers/2503.08354).
+        `perturbation_share` > 0: in training, this share of the choices is replaced by a random one of the
+            `perturbation_neighbours` nearest codes, so that the decoder tolerates wrong tokens
+            (https://huggingface.co/papers/2503.08354).
 
-    Choose it for what others can load, and start it from data.
+    Choose it for models that others can load, and initialize it from data.
     """
 
     loss_names: tuple[str, ...] = ("commitment", "codebook")
@@ -320,11 +323,10 @@ class VectorQuantizer(Quantizer):
 
     def codebook(self) -> Tensor:
         """The effective codes `(K, D)`, in float32 or better, with their gradient."""
-        weight = self.embedding.weight
-        return self.project(weight.to(torch.promote_types(weight.dtype, torch.float32)))
+        return self.project(wide(self.embedding.weight))
 
     def project(self, vectors: Tensor) -> Tensor:
-        """Where latents and codes meet: the space itself, or its unit sphere."""
+        """Vectors as they are compared: unchanged, or on the unit sphere."""
         return F.normalize(vectors, dim=-1) if self.normalize else vectors
 
     def choose(self, z: Tensor, codebook: Tensor) -> Tensor:
@@ -340,11 +342,12 @@ class VectorQuantizer(Quantizer):
         z, codebook = self.project(vectors), self.codebook()
         indices = self.choose(z.detach(), codebook.detach())
         e = F.embedding(indices, codebook)
-        losses = dict(zip(("commitment", "codebook"), _SquaredError.apply(z, e), strict=True))
+        losses = {"commitment": F.mse_loss(z, e.detach())}
+        if "codebook" in self.loss_names:
+            losses["codebook"] = F.mse_loss(e, z.detach())
         if "entropy" in self.loss_names:
             losses["entropy"] = entropy_loss(z, codebook, self.entropy_temperature)
-        quantized = (_Rotate if self.rotation_trick else _PassGradient).apply(z, e.detach())
-        return quantized, indices, {name: losses[name] for name in self.loss_names}
+        return (_Rotate if self.rotation_trick else _PassGradient).apply(z, e.detach()), indices, losses
 
     def code_vectors(self, indices: Tensor) -> Tensor:
         vectors = F.embedding(indices, self.codebook())
@@ -352,13 +355,13 @@ class VectorQuantizer(Quantizer):
 
     def remap_to_used(self, indices: Tensor, unknown: str | int = "random") -> Tensor:
         """
-        Indices to their places in `used`, the numbers that a transformer trained with taming-transformers' `remap` has.
+        Indices to their positions in `used`, the tokens of a transformer trained with taming-transformers' `remap`.
 
         Args:
             indices (`Tensor`): Of any shape, as `forward` returns them.
             unknown (`str` or `int`, defaults to `"random"`):
-                For codes not in `used`: a random place each, as in the original; `"extra"` for the number `len(used)`;
-                or a place.
+                For codes not in `used`: a random position each, as in the original; `"extra"` for `len(used)`; or a
+                position.
         """
         used = self._used()
         order = used.argsort(stable=True)
@@ -370,7 +373,7 @@ class VectorQuantizer(Quantizer):
         return torch.where(used[places] == indices, places, others)
 
     def unmap_to_all(self, places: Tensor) -> Tensor:
-        """The inverse of `remap_to_used`; as in the original, `len(used)`, the extra number, becomes `used[0]`."""
+        """The inverse of `remap_to_used`; as in the original, the extra token `len(used)` becomes `used[0]`."""
         used = self._used()
         if places.min() < 0 or places.max() > len(used):
             raise ValueError(f"indices span [{places.min()}, {places.max()}] but {len(used)} codes are in use.")
@@ -378,11 +381,11 @@ class VectorQuantizer(Quantizer):
 
     def _used(self) -> Tensor:
         if not hasattr(self, "used"):
-            raise ValueError("num_used_codes=0: this model's codes have the numbers of the codebook and no others.")
+            raise ValueError("num_used_codes=0: this model has no list of used codes to renumber indices by.")
         return self.used
 
     def to_codebook(self) -> Tensor:
-        # On the sphere, too: for codes of equal length the nearest to z is the nearest to z/|z|.
+        # Also on the sphere: among codes of equal length, the nearest to z is the nearest to z/|z|.
         return self.codebook().detach()
 
     def codebook_parameters(self) -> list[nn.Parameter]:
@@ -407,33 +410,29 @@ class EMAVectorQuantizer(VectorQuantizer):
 
         N_i <- γ N_i + (1-γ) n_i,   m_i <- γ m_i + (1-γ) Σ_j z_ij,   e_i = m_i / N_i.        (eqs. 7 and 8)
 
-    Codes follow the encoder faster and more calmly than by gradient, and need no codebook loss. A restarted code's
-    averages restart with it. Choose it when the codebook has to keep up: small batches, high learning rates, restarts.
+    Codes follow the encoder faster and more smoothly than by gradient, and need no codebook loss. Restarting a code
+    resets its averages. Choose it when the codebook has to keep up: small batches, high learning rates, restarts.
     """
 
     loss_names = ("commitment",)
-    _keep_in_fp32_modules_strict = [
-        "cluster_size",
-        "embed_avg",
-    ]  # as `_apply` does, where transformers does the casting
+    _keep_in_fp32_modules_strict = ["cluster_size", "embed_avg"]  # for transformers; `_apply` is for all others
 
     def __init__(self, config: VQGANConfig):
         super().__init__(config)
         self.decay = config.ema_decay
-        # A Parameter all the same: averages of the whole model (diffusers' EMAModel) follow parameters only.
+        # Still a Parameter: moving averages of the whole model (diffusers' EMAModel) cover parameters only.
         self.embedding.weight.requires_grad_(False)
-        wide = torch.promote_types(torch.get_default_dtype(), torch.float32)
-        self.register_buffer("cluster_size", torch.empty(self.num_codes, dtype=wide))  # N
-        self.register_buffer("embed_avg", torch.empty(self.num_codes, self.embed_dim, dtype=wide))  # m
+        self.register_buffer("cluster_size", wide(torch.empty(self.num_codes)))  # N
+        self.register_buffer("embed_avg", wide(torch.empty(self.num_codes, self.embed_dim)))  # m
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Averages that stand for the codes as they are, each with the weight of one latent per step."""
+        """Averages as if each code had been chosen by one latent, equal to itself, per step."""
         init.ones_(self.cluster_size)
         init.copy_(self.embed_avg, self.embedding.weight)
 
     def _apply(self, fn, recurse: bool = True):
-        # Averages have the model's dtype or, if that is shorter, float32: in bfloat16, γ = 0.99 would change nothing.
+        # Averages stay in float32 or wider: in bfloat16, a step with γ = 0.99 would change nothing.
         kept = {name: self._buffers[name] for name in ("cluster_size", "embed_avg")}
         super()._apply(fn, recurse)
         for name, buffer in kept.items():
@@ -449,7 +448,7 @@ class EMAVectorQuantizer(VectorQuantizer):
     def update_codebook(self, statistics: Tensor) -> None:
         self.cluster_size.lerp_(statistics[:, 0], 1 - self.decay)
         self.embed_avg.lerp_(statistics[:, 1:], 1 - self.decay)
-        alive = self.cluster_size > 1e-6  # the averages of a code unused for long fade to 0 / 0; it stays where it is
+        alive = self.cluster_size > 1e-6  # averages of a code long unused approach 0 / 0, so it stays where it is
         self.embedding.weight[alive] = (self.embed_avg / self.cluster_size[:, None])[alive].to(self.embedding.weight)
 
     @torch.no_grad()
@@ -466,38 +465,26 @@ class EMAVectorQuantizer(VectorQuantizer):
         return restarted
 
 
-class FrozenCodebook(nn.Embedding):
-    """K fixed codes drawn from N(0, 1/D)."""
-
-    def __init__(self, num_embeddings: int, embedding_dim: int):
-        super().__init__(num_embeddings, embedding_dim)
-        self.weight.requires_grad_(False)
-
-    def reset_parameters(self) -> None:
-        init.normal_(self.weight, std=self.embedding_dim**-0.5)
-
-
 class SimVectorQuantizer(VectorQuantizer):
     """
     SimVQ (https://huggingface.co/papers/2411.02038): codes e = c W, with c a row of a fixed random codebook and W a
-    learned D x D matrix. Every code's gradient moves W and so all codes at once, and none is left behind. Choose it for
-    very large codebooks.
+    learned D x D matrix. Every code's gradient moves W and thereby all codes at once, so none is left behind. Choose it
+    for very large codebooks.
     """
 
     def __init__(self, config: VQGANConfig):
         super().__init__(config)
-        self.embedding = FrozenCodebook(self.num_codes, self.embed_dim)
+        self.embedding = Codebook(self.num_codes, self.embed_dim, frozen=True)
         self.projection = nn.Linear(self.embed_dim, self.embed_dim, bias=False)
 
     def codebook(self) -> Tensor:
-        dtype = torch.promote_types(self.embedding.weight.dtype, torch.float32)
-        return self.project(F.linear(self.embedding.weight.to(dtype), self.projection.weight.to(dtype)))
+        return self.project(F.linear(wide(self.embedding.weight), wide(self.projection.weight)))
 
     def codebook_parameters(self) -> list[nn.Parameter]:
         return []
 
     def initialize_codebook(self, vectors: Tensor, generator: torch.Generator | None = None) -> None:
-        """Nothing: the codes are fixed, and W turns them towards the data."""
+        """Does nothing: the codes are fixed, and W maps them to the data."""
 
     def restart_codes(self, dead: Tensor, vectors: Tensor, generator: torch.Generator | None = None) -> Tensor:
         return torch.zeros_like(dead)
@@ -511,7 +498,7 @@ class IndexBackpropagationQuantizer(VectorQuantizer):
         e = (i - sg(p) + p) E                                        (eq. 5)
 
     so every code gets a gradient at every step, not only the chosen ones. Choose it for large codebooks of high
-    dimension; each step costs N x K probabilities (held in parts, computed again in the backward pass).
+    dimension; each step costs N x K probabilities (in parts, recomputed in the backward pass).
     """
 
     inner_product = True
@@ -520,24 +507,17 @@ class IndexBackpropagationQuantizer(VectorQuantizer):
     def quantize_vectors(self, vectors: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         _, indices, losses = super().quantize_vectors(vectors)
         z, codebook = self.project(vectors), self.codebook()
-        # All logits fall by z·offset, which softmax does not see
-        centred = codebook - common_offset(codebook)
-        soft = soft_codes(z, centred, codebook, self.max_scores)
+        centred = codebook - common_offset(codebook)  # shifts all logits of a vector alike, which softmax ignores
+
+        def soft_codes(rows: Tensor) -> Tensor:
+            with exact_products():  # in the backward pass, too
+                return (rows @ centred.T).softmax(dim=1) @ codebook.detach()
+
+        soft = torch.cat(in_parts(soft_codes, z, len(codebook), self.max_scores))
         return _PassGradient.apply(soft, F.embedding(indices, codebook)), indices, losses
 
     def to_codebook(self) -> Tensor | None:
-        return self.codebook().detach() if self.normalize else None  # else long codes win more than their due
-
-
-def soft_codes(vectors: Tensor, keys: Tensor, codebook: Tensor, max_scores: int) -> Tensor:
-    """Σ_k p_k sg(e_k), p = softmax(z·key_k), with at most `max_scores` of the N x K probabilities at a time."""
-
-    def part(rows: Tensor) -> Tensor:
-        with exact_products():  # in the backward pass, too
-            return (rows @ keys.T).softmax(dim=1) @ codebook.detach()
-
-    parts = vectors.split(max(1, max_scores // len(codebook)))
-    return torch.cat([checkpoint(part, rows, use_reentrant=False) for rows in parts])
+        return self.codebook().detach() if self.normalize else None  # else long codes are favoured
 
 
 class GumbelQuantizer(Quantizer):
@@ -548,7 +528,7 @@ class GumbelQuantizer(Quantizer):
         i = argmax(logits + g),   gradient of Σ_k p_k e_k with p = softmax((logits + g) / τ),
         kl = Σ_k q_k log(K q_k),  q = softmax(logits): against using few codes.
 
-    Choose it for compatibility with checkpoints that have it. Without noise (eval) the most probable code is taken.
+    Choose it for compatibility with existing checkpoints. In eval mode, the most probable code is taken.
     """
 
     loss_names = ("kl",)
@@ -571,22 +551,21 @@ class GumbelQuantizer(Quantizer):
         return _PassGradient.apply(soft, F.embedding(indices, codes)), indices, losses
 
     def code_vectors(self, indices: Tensor) -> Tensor:
-        weight = self.embed.weight
-        return F.embedding(indices, weight.to(torch.promote_types(weight.dtype, torch.float32)))
+        return F.embedding(indices, wide(self.embed.weight))
 
 
 class FiniteScalarQuantizer(Quantizer):
     r"""
     FSQ (https://huggingface.co/papers/2309.15505): no codebook; each of few dimensions is squashed and rounded to L_d
-    levels, and the code's number is read off as in a mixed-radix number: K = Π L_d.
+    levels; the code's index is the mixed-radix number with these digits: K = Π L_d.
 
         q = round(tanh(z + s) (L-1)/2 - o),   code = q / ⌊L/2⌋,   o = ½ and s = atanh(2o/(L-1)) for even L, else 0
 
-    s puts the code 0 at z = 0. Of two levels neither can be there (s would be infinite, and one of them out of reach):
-    s = 0 lets them meet there.
+    s puts the code 0 at z = 0. With two levels that is impossible (s would be infinite, and one level out of reach), so
+    s = 0 and their boundary is there.
 
     Nothing to collapse, nothing to tune. Choose it for up to about 2^16 codes, when the decoder (or what follows) can
-    live with 3 to 6 numbers per position. `fsq_levels` sets K and D. Codes are not their own nearest codes (tanh), so
+    work with 3 to 6 values per position. `fsq_levels` sets K and D. Codes are not their own nearest codes (tanh), so
     decode stored codes by index, or with `force_not_quantize`.
     """
 
@@ -597,12 +576,12 @@ class FiniteScalarQuantizer(Quantizer):
 
     def quantize_vectors(self, vectors: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         levels, places, middle = self._constants(vectors.device)
-        half = (levels - 1) * (1 + 1e-3) / 2  # a little room, so that tanh reaches the outermost levels
+        half = (levels - 1) * (1 + 1e-3) / 2  # with a margin, so that tanh reaches the outermost levels
         offset = (levels % 2 == 0) * 0.5
         shift = torch.atanh(offset / half) * (levels > 2)
         bounded = torch.tanh(vectors + shift.to(vectors)) * half - offset
         digits = bounded.detach().round().long() + middle
-        digits = digits.clamp(min=0).minimum(levels - 1)  # over 1,000 levels, that room is wider than half a level
+        digits = digits.clamp(min=0).minimum(levels - 1)  # above 1,000 levels, the margin is wider than half a level
         indices = (digits * places).sum(dim=1)
         codes = self.code_vectors(indices).to(vectors.dtype)
         return _PassGradient.apply((bounded / middle).to(vectors.dtype), codes), indices, {}
@@ -612,7 +591,7 @@ class FiniteScalarQuantizer(Quantizer):
         return (indices[:, None] // places % levels - middle) / middle
 
     def _constants(self, device) -> tuple[Tensor, Tensor, Tensor]:
-        # Made anew: buffers that are not in a checkpoint come back as garbage from transformers' from_pretrained.
+        # Not buffers: those that are not in a checkpoint are garbage after transformers' from_pretrained.
         levels = torch.tensor(self.levels, device=device)
         return levels, torch.tensor(self.places, device=device), levels // 2
 
@@ -620,7 +599,7 @@ class FiniteScalarQuantizer(Quantizer):
 class LookupFreeQuantizer(Quantizer):
     r"""
     LFQ (MAGVIT-v2, https://huggingface.co/papers/2310.05737): one bit per dimension, code = sign(z), K = 2^D. The
-    entropy loss is what makes all bits carry information; give it a weight, and let it start high
+    entropy loss is what makes all bits carry information; give it a weight, and start high
     (`entropy_anneal_factor` of the trainer). Choose it for very large vocabularies; `vq_embed_dim` has to be log2(K).
     """
 
@@ -657,7 +636,7 @@ class LookupFreeQuantizer(Quantizer):
 class BinarySphericalQuantizer(LookupFreeQuantizer):
     """
     BSQ (https://huggingface.co/papers/2406.07548): LFQ on the unit sphere, code = sign(u)/√D with u = z/|z|. The error
-    is bounded, so there is no commitment loss. Choose it over LFQ when that one's latents grow or its training shakes.
+    is bounded, so there is no commitment loss. Choose it over LFQ when its latents grow or its training is unstable.
     """
 
     loss_names = ("entropy",)
@@ -683,7 +662,7 @@ class _CompositeQuantizer(Quantizer):
         self._keep_in_fp32_modules_strict = self.parts[0]._keep_in_fp32_modules_strict
 
     def shares(self, vectors: Tensor, indices: Tensor | None = None) -> list[Tensor]:
-        """What each part sees of latents `(N, D)`, given the choices `(N, n)` if they are known."""
+        """The input of each part for latents `(N, D)`, given the choices `(N, n)` if they are known."""
         raise NotImplementedError
 
     def codebook_parameters(self) -> list[nn.Parameter]:
@@ -708,9 +687,9 @@ class _CompositeQuantizer(Quantizer):
 
 class GroupedQuantizer(_CompositeQuantizer):
     """
-    Product quantization: the D channels fall into n groups of D/n, each with a codebook of its own (UniTok,
-    https://huggingface.co/papers/2502.20321, section 3.2; MGVQ). K^n combinations at the price of n x K codes. Choose
-    it for reconstruction quality, when the downstream model can predict n codes per position.
+    Product quantization: the D channels form n groups of D/n, each with its own codebook (UniTok,
+    https://huggingface.co/papers/2502.20321, section 3.2; MGVQ). K^n combinations for n x K codes. Choose it for
+    reconstruction quality, when the downstream model can predict n codes per position.
     """
 
     def __init__(self, config: VQGANConfig):
@@ -735,14 +714,14 @@ class GroupedQuantizer(_CompositeQuantizer):
 
 class ResidualQuantizer(_CompositeQuantizer):
     r"""
-    RQ (https://huggingface.co/papers/2203.01941): each stage quantizes what the stages before it left over,
+    RQ (https://huggingface.co/papers/2203.01941): each stage quantizes the residual of the stages before it,
 
         r_0 = z,   e_d = Q_d(r_{d-1}),   r_d = r_{d-1} - e_d,   quantized = Σ_d e_d        (eqs. 3 and 4)
 
     Coarse to fine: a prefix of the codes is a coarser image. Choose it for high fidelity at few positions.
 
-    The gradient passes from the sum to z, once, whatever the number of stages; with `rotation_trick`, rotated by what
-    takes z to the sum.
+    The gradient passes from the sum to z once, whatever the number of stages; with `rotation_trick`, through the
+    rotation that takes z to the sum.
     """
 
     def __init__(self, config: VQGANConfig):

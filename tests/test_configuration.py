@@ -165,3 +165,19 @@ def test_every_field_is_read(pixels):
         if model.quantize.to_codebook() is not None:
             by_others |= set(model.to_diffusers().config)
     assert set(model_fields()) <= by_others
+
+
+def test_folder_without_config_is_an_error(tmp_path):
+    """transformers gives the default config, which then loads into nothing or, worse, trains."""
+    for kind in (VQGANConfig, VQGANModel):
+        with pytest.raises(OSError, match="does not appear to have a file named config.json"):
+            kind.from_pretrained(tmp_path)
+
+
+def test_fields_given_to_from_pretrained_are_checked(tmp_path, tiny_config):
+    VQGANModel(tiny_config).save_pretrained(tmp_path)
+    assert VQGANModel.from_pretrained(tmp_path, quantizer="vq_ema", ema_decay=0.9).config.ema_decay == 0.9
+    for changes in ({"quantizer": "fsq"}, {"norm_num_groups": 3}, {"block_out_channels": (8, 16, 32)}):
+        for kind in (VQGANConfig, VQGANModel):
+            with pytest.raises(ValueError, match=next(iter(changes))):
+                kind.from_pretrained(tmp_path, **changes)

@@ -280,7 +280,7 @@ def test_what_cannot_be_returned_is_refused(plain_model, pixels):
         plain_model(pixels, output_attentions=True)
     plain_model(pixels, output_attentions=False)
     plain_model.enable_slicing()
-    with pytest.raises(ValueError, match=r"output_hidden_states=True: .*disable_slicing\(\)"):
+    with pytest.raises(ValueError, match=r"output_hidden_states=True .*disable_slicing\(\)"):
         plain_model(pixels, output_hidden_states=True)
     with pytest.raises(TypeError, match="labels"):
         plain_model(pixels, labels=torch.zeros(2))

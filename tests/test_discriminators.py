@@ -61,7 +61,7 @@ def test_dino_backbone_stays_as_it_is(backbone):
 
 
 def test_dino_without_backbone_says_what_to_do(tmp_path):
-    with pytest.raises(ValueError, match="disc_backbone='.*nowhere' cannot be had.*--disc_type patchgan"):
+    with pytest.raises(ValueError, match="disc_backbone='.*nowhere' cannot be loaded.*--disc_type patchgan"):
         DINODiscriminator(str(tmp_path / "nowhere"))
 
 

@@ -24,7 +24,8 @@ from conftest import TINY, image_bytes, photo, write_tar
 from hub_server import Hub, LoopbackHub
 
 from hf_vqgan import VQGANConfig, VQGANImageProcessor, VQGANModel
-from hf_vqgan.hub.push import push_pipeline_to_hub, push_run_to_hub
+from hf_vqgan.files.sources import HTTPError
+from hf_vqgan.hub.push import push_checkpoint, push_pipeline_to_hub, push_run_to_hub
 from hf_vqgan.training.configuration import VQGANTrainingConfig
 from hf_vqgan.training.tokenizer import train
 
@@ -478,3 +479,40 @@ def test_unfinished_run_is_refused(tmp_path):
         push_pipeline_to_hub(tmp_path, "user/name")
     with pytest.raises(ValueError, match="cannot load a variant in shards"):
         push_pipeline_to_hub(tmp_path, "user/name", variant="bf16", max_shard_size="1GB")
+
+
+def test_a_failed_push_ends_no_training(monkeypatch):
+    """Connections break; the next checkpoint pushes everything again. At the end there is none, so that is an error."""
+
+    def push(folder, repo_id, token):
+        raise HTTPError("no route")
+
+    warnings: list[str] = []
+    monkeypatch.setattr("hf_vqgan.hub.push.logger.warning", warnings.append)
+    push_checkpoint(push, Path("runs/mine"), "user/name", token=None, last=False)
+    assert warnings == ["the push to the Hub failed and will be repeated at the next checkpoint: no route"]
+    with pytest.raises(ConnectionError, match=r"no route. Run the same command again to push."):
+        push_checkpoint(push, Path("runs/mine"), "user/name", token=None, last=True)
+
+
+@on_loopback
+def test_training_outlives_a_lost_connection(hub, published, random_trunk, tmp_path):
+    output = tmp_path / "outlives"
+    flags = TINY | {
+        "config": "none",
+        "dataset_name": published["squares"],
+        "output_dir": output,
+        "resolution": 32,
+        "max_train_steps": 2,
+        "checkpointing_steps": 1,
+        "validation_steps": 1,
+        "train_batch_size": 2,
+        "adversarial_weight": 0,
+        "perceptual_net": "alex",
+        "perceptual_weights_path": random_trunk / "alex.safetensors",
+        "push_to_hub": True,
+        "hub_token": hub.token,
+    }
+    hub.fault = "commit", "drop"
+    script(hub, tmp_path / "home", "train_vqgan.py", token=None, **flags)
+    assert hub.fault is None and "config.json" in hub.files("user/outlives")

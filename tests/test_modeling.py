@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import SPECIAL, TINY, smooth_pixels
 from diffusers import VQModel
+from diffusers.training_utils import EMAModel
 from transformers import AutoModel
 
 from hf_vqgan import VQGANConfig, VQGANModel
@@ -272,3 +273,32 @@ def test_tiles_cover_a_side_exactly():
 def test_bad_tiles(tiny_model, fields, message):
     with pytest.raises(ValueError, match=message):
         tiny_model.enable_tiling(**fields)
+
+
+def test_saved_weights_are_as_readable_as_other_files(tmp_path, tiny_model):
+    """safetensors writes them for their owner alone, which breaks shared folders."""
+    tiny_model.save_pretrained(tmp_path, max_shard_size="20KB")
+    modes = {file.stat().st_mode for file in tmp_path.iterdir()}
+    assert len(modes) == 1 and len(list(tmp_path.glob("*.safetensors"))) > 1
+
+
+def test_moving_average_of_diffusers(tmp_path, tiny_model):
+    average = EMAModel(tiny_model.parameters(), decay=0.75, model_cls=VQGANModel, model_config=tiny_model.config)
+    with torch.no_grad():
+        tiny_model.decoder.conv_out.bias.add_(1)
+    average.step(tiny_model.parameters())
+    average.save_pretrained(tmp_path)
+    again = EMAModel.from_pretrained(tmp_path, VQGANModel)
+    assert (again.decay, again.optimization_step) == (0.75, 1)
+    assert all(map(torch.equal, again.shadow_params, average.shadow_params))
+    assert not hasattr(tiny_model.config, "_ema")
+
+
+def test_nothing_and_nan_are_errors(tiny_model):
+    for shape in ((0, 3, 16, 16), (1, 3, 0, 16)):
+        with pytest.raises(ValueError, match="hold no pixels"):
+            tiny_model.encode_indices(torch.zeros(shape))
+    with pytest.raises(ValueError, match="hold no codes"):
+        tiny_model.decode_indices(torch.zeros(0, 8, 8, dtype=torch.int64))
+    with pytest.raises(ValueError, match="latent values are NaN or infinite. Check the input image"):
+        tiny_model.eval().encode_indices(torch.full((1, 3, 16, 16), torch.nan))

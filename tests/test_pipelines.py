@@ -345,8 +345,8 @@ def test_progress_bar_and_eta(pipeline, capsys):
     "options, message",
     [
         ({"output_type": "jpeg"}, "output_type='jpeg' must be one of 'pil', 'np', 'pt', 'latent'"),
-        ({"class_labels": ["cat", "cow"]}, r"class_labels \['cow'\]: expected numbers from 0 to 2, or their names"),
-        ({"class_labels": 3}, r"class_labels \[3\]: expected numbers from 0 to 2"),
+        ({"class_labels": ["cat", "cow"]}, r"class_labels \['cow'\]: expected indices from 0 to 2, or their names"),
+        ({"class_labels": 3}, r"class_labels \[3\]: expected indices from 0 to 2"),
         ({"guidance_scale": 2.0}, "guidance_scale=2.0 needs class_labels"),
         ({"latents": torch.zeros(1, 4, 4, 4)}, r"latents of shape \(1, 4, 4, 4\): expected \(1, 4, 8, 8\)"),
     ],

@@ -136,7 +136,7 @@ def test_alignment_is_zero_for_the_features_themselves_and_pulls_others(backbone
 
 
 def test_alignment_model_that_cannot_be_had_is_named(tmp_path):
-    with pytest.raises(ValueError, match="alignment_model='.*none' cannot be had.*set alignment_weight to 0"):
+    with pytest.raises(ValueError, match="alignment_model='.*none' cannot be loaded.*set alignment_weight to 0"):
         FeatureAlignment(str(tmp_path / "none"), 4)
 
 

@@ -45,7 +45,7 @@ def test_mistyped_name_offline_is_one_question(unreachable, load):
 
 
 def test_mistyped_backbone_is_one_question(unreachable):
-    with pytest.raises(ValueError, match="disc_backbone='vit/typo' cannot be had.*the Hub cannot be reached"):
+    with pytest.raises(ValueError, match="disc_backbone='vit/typo' cannot be loaded.*the Hub cannot be reached"):
         VisionBackbone("vit/typo", "disc_backbone", "another one")
     assert unreachable == ["vit/typo"]
 

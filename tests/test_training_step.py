@@ -7,13 +7,15 @@ import torch
 from accelerate import Accelerator
 from benchmarks.textbook_steps import one_pass_gradients, two_pass_gradients, use_plain_blocks
 from conftest import TINY
+from diffusers.models.upsampling import Upsample2D
 
 from hf_vqgan import VQGANConfig, VQGANModel
-from hf_vqgan.blocks import lighten
+from hf_vqgan.blocks import UpsamplingBlock, replace_blocks
 from hf_vqgan.losses.discriminators import PatchDiscriminator
 from hf_vqgan.losses.image_losses import LPIPS
 from hf_vqgan.measurement.metrics import CodebookHealth
 from hf_vqgan.training.configuration import VQGANTrainingConfig
+from hf_vqgan.training.fast_blocks import install_fast_blocks
 from hf_vqgan.training.networks import build_model
 from hf_vqgan.training.step import TrainState, training_step, update_codebook
 
@@ -23,7 +25,7 @@ def double_state(random_trunk, **fields) -> TrainState:
     defaults = dict(dataset_name="none", max_grad_norm=0.0, channels_last=False, perceptual_net="alex")
     config = VQGANTrainingConfig(**defaults | fields)
     torch.manual_seed(0)
-    model = VQGANModel(VQGANConfig(**TINY)).double()
+    model = install_fast_blocks(VQGANModel(VQGANConfig(**TINY))).double()
     torch.nn.init.normal_(model.quantize.embedding.weight, std=0.5)
     discriminator = PatchDiscriminator(channels=8, num_layers=1).double()
     optimizers = [torch.optim.SGD(network.parameters(), lr=1.0) for network in (model, discriminator)]
@@ -57,7 +59,7 @@ def textbook_gradients(state: TrainState, x: torch.Tensor, method=one_pass_gradi
     """What plain autograd gives, and λ. Changes no weight and leaves no gradient behind."""
     use_plain_blocks(state.vqgan)
     balance = method(state, x)
-    lighten(state.vqgan)
+    install_fast_blocks(replace_blocks(state.vqgan, {Upsample2D: UpsamplingBlock}))
     gradients = [p.grad for network in (state.model, state.discriminator) for p in network.parameters()]
     for network in (state.model, state.discriminator):
         network.zero_grad(set_to_none=True)

@@ -1,8 +1,8 @@
 """Published VQ tokenizers <-> VQGANModel.
 
-A family of checkpoints is a table (`conversion_families.py`), and its renames serve both directions: import looks every
-weight of the model up under its original name, export writes it there. Sizes and options are read from names and
-shapes; a config, where there is one, adds what they do not show and is held against what they do.
+A family of checkpoints is a table (`families.py`), whose renames serve both directions: import looks up each weight of
+the model by its original name, export writes it by that name. Sizes and options are read from names and shapes; a
+config, if there is one, adds what these do not show, and must agree with what they do.
 """
 
 import os
@@ -15,13 +15,13 @@ from pathlib import Path
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
-from transformers.utils import SAFE_WEIGHTS_NAME, logging
+from transformers.utils import logging
 
 from ..configuration_vqgan import VQGANConfig, idle_options
 from ..files.checkpoint_files import Checkpoint, listed, locate, plain, read_checkpoint, read_config, shown
 from ..image_processing_vqgan import VQGANImageProcessor
 from ..modeling_vqgan import VQGANModel
-from .export import EXPORTS, export_original, write_safetensors
+from .export import EXPORTS, export_original, save_original
 from .families import (
     ANCHORS,
     CLASS_NAMES,
@@ -40,7 +40,7 @@ from .families import (
     paper_weights,
 )
 
-__all__ = ["EXPORTS", "FAMILIES", "convert", "export_original", "load_original", "write_safetensors"]
+__all__ = ["EXPORTS", "FAMILIES", "convert", "export_original", "load_original"]
 
 logger = logging.get_logger(__name__)
 
@@ -76,7 +76,7 @@ def read_settings(config: dict, source: str) -> tuple[str | None, dict]:
 
 def recognise(checkpoint: Checkpoint, kind: str | None, settings: dict, format: str) -> tuple[str, str, list[str]]:
     """
-    Name of the family, the prefix of its keys, and in words what had to be assumed to tell it from others.
+    Name of the family, the prefix of its keys, and a description of what had to be assumed to tell it from others.
 
     Raises:
         ValueError: for an unknown format, keys that fit none, or those of a tokenizer that `VQGANModel` cannot hold.
@@ -96,11 +96,11 @@ def recognise(checkpoint: Checkpoint, kind: str | None, settings: dict, format: 
                 f"{checkpoint.source} is {title}, which this package does not read: {reason}. Nothing was loaded."
             )
     fitting = [name for name, family in FAMILIES.items() if all(map(has, family.keys))]
-    # Keys of the same family tree: Janus counts decoder levels from below, so that its first has the upsampling.
+    # With the same keys, Janus counts decoder levels from the lowest resolution, so that its first one upsamples,
+    # and openMUSE's MOVQ has linear layers, whose weights have two dimensions, in its attention.
+    projections = [shapes.get(f"{half}.mid.attn_1.q.weight", ()) for half in ("encoder", "decoder")]
     if "taming" in fitting and has(r"decoder\.up\.0\.upsample\."):
         fitting = ["janus"]
-    # open-muse wrote MoVQ's attention as linear layers, of two dimensions.
-    projections = [shapes.get(f"{half}.mid.attn_1.q.weight", ()) for half in ("encoder", "decoder")]
     if "movq" in fitting and 2 in map(len, projections):
         fitting = ["openmuse_movq"]
     if format != "auto":
@@ -112,23 +112,23 @@ def recognise(checkpoint: Checkpoint, kind: str | None, settings: dict, format: 
     if not has(r"quantize\."):
         _unknown(checkpoint, "hold no codebook (quantize.embedding.weight), as those of a continuous autoencoder")
     by_config = [name for name in fitting if kind and re.search(FAMILIES[name].kinds, kind)]
-    if by_config:
-        return by_config[0], prefix, []
-    if fitting[0] != "taming":
-        return fitting[0], prefix, []
+    name = (by_config or fitting)[0]
+    if by_config or name != "taming":
+        return name, prefix, []
     return _one_of_taming(checkpoint, kind, settings, prefix)
 
 
 def _one_of_taming(checkpoint: Checkpoint, kind: str | None, settings: dict, prefix: str) -> tuple[str, str, list[str]]:
     """What `recognise` returns for the keys that taming-transformers shares with others, if no class is named."""
-    counter = "model_ema.num_updates"  # beside a prefixed tokenizer it is another network's
+    counter = "model_ema.num_updates"  # with a prefixed tokenizer, it belongs to another network
     if kind is None and "ddconfig" in settings and "lossconfig" not in settings:
         # Emu3.5's config is a flat list of arguments; those of the others have a class, and a loss.
         told = any(name in settings for name in IBQ_SETTINGS)
         doubt = "the family: taken as IBQ, as Emu3.5 has flat configs without a loss; for others pass format='taming'"
         return "ibq", prefix, [] if told else [doubt]
-    if kind is None and prefix == "" and _is_negative(checkpoint, counter):
-        # The moving averages of SEED-Voken have no warm-up, which the count says; all others count up.
+    updates = checkpoint.load(counter) if checkpoint.shapes.get(counter) == () else torch.tensor(0)
+    if kind is None and prefix == "" and updates.dtype in INTEGERS and updates < 0:
+        # SEED-Voken's moving averages have no warm-up, which a negative count of updates marks
         doubt = (
             "the class (model.class_path): taken as IBQ, which takes the code of the largest dot product; for its "
             "sister VQModel, which takes the nearest one, pass format='seed_voken'"
@@ -144,17 +144,10 @@ def _one_of_taming(checkpoint: Checkpoint, kind: str | None, settings: dict, pre
     return "taming", prefix, [doubt]
 
 
-def _is_negative(checkpoint: Checkpoint, name: str) -> bool:
-    if checkpoint.shapes.get(name) != ():
-        return False
-    number = checkpoint.load(name)
-    return number.dtype in INTEGERS and int(number) < 0
-
-
 def find_prefix(checkpoint: Checkpoint) -> str:
-    """What stands before the tokenizer's names: of several tokenizers that of the earliest in `PREFIXES`."""
-    found = {name.removesuffix(anchor) for name in checkpoint.shapes for anchor in ANCHORS if name.endswith(anchor)}
-    found = {prefix for prefix in found if prefix == "" or prefix.endswith(".")}
+    """The prefix of the tokenizer's names; of several tokenizers, the earliest in `PREFIXES`."""
+    anchor = re.compile(rf"(|.*\.)({'|'.join(map(re.escape, ANCHORS))})", re.DOTALL)
+    found = {match[1] for match in map(anchor.fullmatch, checkpoint.shapes) if match}
     if known := [prefix for prefix in PREFIXES if prefix in found]:
         return known[0]
     if len(found) > 1:
@@ -174,12 +167,12 @@ def _unknown(checkpoint: Checkpoint, what: str):
 
 def read_architecture(shapes: dict[str, tuple[int, ...]], family: Family) -> dict:
     """
-    Config fields that names and shapes of the original tensors tell.
+    Config fields found in the names and shapes of the original tensors.
 
-    Gets by with missing tensors as far as it can, so that they are reported by name and not as a strange architecture.
+    Tolerates missing tensors as far as it can, so that they are reported by name and not as a strange architecture.
 
     Raises:
-        ValueError: if names count to more levels or layers than any tokenizer has, or tensors are larger.
+        ValueError: for more levels or layers, or larger tensors, than any tokenizer has.
     """
 
     def inside(ours: str) -> set[str]:
@@ -188,7 +181,7 @@ def read_architecture(shapes: dict[str, tuple[int, ...]], family: Family) -> dic
         return {name[len(start) :].split(".", 1)[0] for name in shapes if name.startswith(start)}
 
     def count(ours: str, most: int) -> int:
-        """One more than the highest number that has half of those below it; higher ones are reported as surplus."""
+        """One more than the highest index with at least half of those below it; higher ones are reported as surplus."""
         numbers = {int(text) for text in inside(ours) if re.fullmatch(r"0|[1-9][0-9]{0,8}", text, re.ASCII)}
         found = max((number for number in numbers if number < 2 * len(numbers)), default=-1) + 1
         if found > most:
@@ -196,7 +189,7 @@ def read_architecture(shapes: dict[str, tuple[int, ...]], family: Family) -> dic
         return found
 
     def size(axis: int, *candidates: str) -> int | None:
-        """Length of an axis of the first candidate that is there."""
+        """Length of an axis of the first candidate that exists."""
         for name in map(family.name, candidates):
             shape = shapes.get(name, ())
             if len(shape) > axis:
@@ -255,10 +248,10 @@ def read_architecture(shapes: dict[str, tuple[int, ...]], family: Family) -> dic
 
 def read_options(settings: dict, family: Family) -> dict:
     """
-    Config fields that only a config tells.
+    Config fields found only in a config.
 
     Raises:
-        ValueError: for settings that `VQGANModel` cannot represent, or that are no such thing.
+        ValueError: for settings that `VQGANModel` cannot represent, or that have the wrong type.
     """
     required = {name: values for name, values in REQUIRED_SETTINGS.items() if name not in family.ignored}
     bad = [name for name, allowed in required.items() if settings.get(name) not in allowed]
@@ -270,24 +263,17 @@ def read_options(settings: dict, family: Family) -> dict:
 
 
 def read_contradictions(settings: dict, architecture: dict) -> list[str]:
-    """In words, where a config says other than the tensors."""
-    said = {
-        name: (settings[name], architecture[ours])
-        for ours, names in SETTINGS.items()
-        for name in names
-        if settings.get(name) is not None and ours in architecture
-    }
+    """Descriptions of where a config and the tensors disagree."""
     stem = architecture.get("stem_channels")
-    said |= {
-        name: (settings[name], [channels / stem for channels in architecture[ours]])
-        for ours, names in MULTIPLIERS.items()
-        for name in names
-        if settings.get(name) is not None and ours in architecture and stem
-    }
+    expected = {name: architecture.get(ours) for ours, names in SETTINGS.items() for name in names}
+    for ours, names in MULTIPLIERS.items() if stem else ():
+        multiples = [channels / stem for channels in architecture[ours]] if ours in architecture else None
+        expected |= dict.fromkeys(names, multiples)
     return [
-        f"{name}={shown(config)} but {shown(tensors)}"
-        for name, (config, tensors) in said.items()
-        if (list(config) if isinstance(config, tuple) else config) != tensors
+        f"{name}={shown(said)} but {shown(found)}"
+        for name, found in expected.items()
+        if found is not None and (said := settings.get(name)) is not None
+        if (list(said) if isinstance(said, tuple) else said) != found
     ]
 
 
@@ -305,13 +291,13 @@ def build_model(checkpoint: Checkpoint, shapes: dict, family: Family, settings: 
         raise ValueError(f"{checkpoint.source}, read as {family.title}: {error}") from error
     if contradictions := read_contradictions(settings, architecture):
         raise ValueError(
-            f"{checkpoint.source}: its config does not belong to its tensors. The config says, and the tensors say: "
+            f"{checkpoint.source}: its config does not match its tensors. The config says, but the tensors say: "
             f"{'; '.join(contradictions)}. Give the right config."
         )
     if settings.get("remap") and "quantize.used" not in shapes:
         raise ValueError(
             f"{checkpoint.source}: its config renumbers the codes by remap={shown(settings['remap'])}, but the file "
-            "has no tensor quantize.used with the new numbers. A config with remap: null gives the codebook's own."
+            "has no tensor quantize.used with the mapping. A config with remap: null keeps the codebook's indices."
         )
     fields = options | architecture | family.fields
     if fields.get("quantizer") == "vq_ema":
@@ -319,7 +305,7 @@ def build_model(checkpoint: Checkpoint, shapes: dict, family: Family, settings: 
     if family is FAMILIES["ibq"]:
         fields.pop("num_used_codes", None)  # there they restrict the choice, too
     fields.setdefault("sample_size", 256)
-    # Their configs hold weights for quantizers that have no such loss
+    # Some configs hold weights of losses that their quantizer does not have
     idle = idle_options(fields)
     fields = {name: value for name, value in fields.items() if name not in idle}
     try:
@@ -363,11 +349,8 @@ def match_tensors(
     ]
     if not (missing or misshapen or surplus):
         return sources
-    reasons = {
-        reason
-        for pattern, reason in NOT_REPRESENTED
-        if any(re.search(pattern, name.removeprefix(prefix)) for name in surplus)
-    }
+    surplus_names = "\n".join(name.removeprefix(prefix) for name in surplus)
+    reasons = {reason for pattern, reason in NOT_REPRESENTED if re.search(pattern, surplus_names, re.MULTILINE)}
     parts = [
         f"{len(names)} {what}: {', '.join(map(plain, names[:50]))}{' ...' if len(names) > 50 else ''}."
         for what, names in (("missing", missing), ("surplus", surplus), ("of the wrong shape", misshapen))
@@ -386,7 +369,7 @@ def load_tensors(checkpoint: Checkpoint, model: VQGANModel, sources: dict[str, s
     several.
 
     Raises:
-        ValueError: for tensors of a type that is none for weights, that are not finite, or no numbers of codes.
+        ValueError: for tensors with a dtype not meant for weights, weights that are not finite, and invalid indices.
     """
     tensors, mistyped, broken = {}, [], []
     for ours, placeholder in model.state_dict().items():
@@ -399,7 +382,7 @@ def load_tensors(checkpoint: Checkpoint, model: VQGANModel, sources: dict[str, s
     if mistyped:
         raise ValueError(
             f"{checkpoint.source}: {listed(mistyped)}. Expected weights in float16, bfloat16, float32 or float64, and "
-            "numbers of codes in int64. Save them again in one of these."
+            "indices of codes in int64. Save them again in one of these."
         )
     if broken:
         raise ValueError(
@@ -409,7 +392,7 @@ def load_tensors(checkpoint: Checkpoint, model: VQGANModel, sources: dict[str, s
     used, codes = tensors.get("quantize.used"), model.config.num_vq_embeddings
     if used is not None and not ((used >= 0) & (used < codes)).all():
         raise ValueError(
-            f"{checkpoint.source}: quantize.used spans [{int(used.min())}, {int(used.max())}], expected numbers of the "
+            f"{checkpoint.source}: quantize.used spans [{int(used.min())}, {int(used.max())}], expected indices of "
             f"{codes} codes."
         )
     dtype = reduce(torch.promote_types, {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()})
@@ -434,23 +417,19 @@ def load_original(
 
     See [`VQGANModel.from_original`], which reads them into memory.
     """
-    containers = {
-        "auto": ("ema", "state_dict", "model", "vae"),
-        "raw": ("state_dict", "model", "vae"),
-        "ema": ("ema", "state_dict", "model", "vae"),
-    }
-    if weights not in containers:
-        raise ValueError(f"weights={weights!r} must be one of {', '.join(map(repr, containers))}.")
+    if weights not in ("auto", "raw", "ema"):
+        raise ValueError(f"weights={weights!r} must be one of 'auto', 'raw', 'ema'.")
 
-    # What is there: a file of tensors, and perhaps a config
+    # The files: tensors, and perhaps a config
     file, config_beside = locate(path_or_repo)
     original_config = read_config(config_beside if config is None else config)
     if original_config.get("model_type") == VQGANConfig.model_type:
         raise ValueError(f"{path_or_repo} is a VQGANModel already: use VQGANModel.from_pretrained.")
-    checkpoint = read_checkpoint(file, containers[weights])
+    containers = ("state_dict", "model", "vae")
+    checkpoint = read_checkpoint(file, containers if weights == "raw" else ("ema", *containers))
     kind, settings = read_settings(original_config, checkpoint.source)
 
-    # Whose it is, and which of its weights
+    # The family, and which of the weights to load
     name, prefix, assumptions = recognise(checkpoint, kind, settings, format)
     family = FAMILIES[name]
     shadow = choose_shadow(checkpoint, family, prefix, settings, weights)
@@ -462,11 +441,11 @@ def load_original(
     if assumptions:
         logger.warning(
             f"{checkpoint.source}: read as {family.title}. Assumed, since neither its tensors nor a config say: "
-            f"{'; '.join(assumptions)}. A wrong assumption gives wrong codes or pixels and no error; the original's "
-            "config settles them."
+            f"{'; '.join(assumptions)}. A wrong assumption gives wrong codes or pixels without an error; the "
+            "original's config settles them."
         )
 
-    # The model, and its tensors by their names
+    # The model, and its tensors by name
     shapes = {name.removeprefix(prefix): shape for name, shape in checkpoint.shapes.items() if name.startswith(prefix)}
     model = build_model(checkpoint, shapes, family, settings)
     logger.info(f"{checkpoint.source}: {family.title}, {len(shapes)} tensors, {'EMA' if shadow else 'raw'} weights")
@@ -481,7 +460,7 @@ def choose_shadow(
     checkpoint: Checkpoint, family: Family, prefix: str, settings: dict, weights: str
 ) -> Callable[[str], str] | None:
     """
-    Where the moving average of each weight is, if that is what to load; `None` for the weights themselves.
+    Maps the name of a weight to that of its moving average, if these are to be loaded; else `None`.
 
     Raises:
         ValueError: if moving averages are asked for and the file has none, or `use_ema` is neither true nor false.
@@ -508,9 +487,8 @@ def convert(
     weights: str = "auto",
 ) -> VQGANModel:
     """
-    Write the checkpoint `source` to the folder `out`: for `VQGANModel.from_pretrained`, or as the project `to` has it.
-
-    The folder appears complete or not at all. Weights go from file to file; none but the current one is held.
+    Write the checkpoint `source` to the folder `out`: for `VQGANModel.from_pretrained`, or in the format of project
+    `to`. The folder appears complete or not at all. Weights stay mapped from the source file.
 
     Args:
         source: What [`VQGANModel.from_original`] takes, or a folder of `VQGANModel.save_pretrained`.
@@ -534,9 +512,7 @@ def convert(
         folder = Path(temporary) / "converted"  # with the permissions that folders normally get
         folder.mkdir()
         if to is None:
-            model.config.architectures = [type(model).__name__]
-            model.config.save_pretrained(folder)
-            write_safetensors(model.state_dict(), folder / SAFE_WEIGHTS_NAME)
+            model.save_pretrained(folder)
             side = model.config.sample_size
             VQGANImageProcessor(
                 size={"shortest_edge": side},
@@ -544,7 +520,7 @@ def convert(
                 size_divisor=model.config.downsample_factor,
             ).save_pretrained(folder)
         else:
-            EXPORTS[to].save(*export_original(model, to), folder)
+            save_original(model, to, folder)
         if out.exists():
             out.rmdir()
         os.replace(folder, out)

@@ -1,7 +1,7 @@
-"""What sets the families of published VQ tokenizers apart: tables, which `conversion.py` reads and does the work for.
+"""Tables of the differences between families of published VQ tokenizers, which `convert.py` works from.
 
-To add a family is to add an entry to `FAMILIES`: how it names the parts of a model, what it writes beside them, and
-what no name or shape can tell.
+To add a family, add an entry to `FAMILIES`: how it names the parts of a model, what else its files hold, and what names
+and shapes do not show.
 """
 
 import math
@@ -53,7 +53,7 @@ OLD_DIFFUSERS_NAMES = (  # attention before diffusers 0.18
     (r"\.to_v\.", ".value."),
     (r"\.to_out\.0\.", ".proj_attn."),
 )
-# Linear layers here that are 1x1 convolutions in original code
+# Linear layers here, 1x1 convolutions in original code
 CONVOLVED = re.compile(r"\.to_[qkv]\.weight$|\.to_out\.0\.weight$|^quantize\.proj\.weight$")
 
 
@@ -73,8 +73,8 @@ def paper_weights(beta: float) -> dict:
 def double_quantization_weights(beta: float) -> dict:
     """
     Loss weights of SEED-Voken's IBQ, whose quantizer adds |z - q|² to taming-transformers' legacy pair (`quant_loss` in
-    https://github.com/TencentARC/SEED-Voken/blob/main/src/IBQ/modules/vqvae/quantize.py). That third term pulls latents
-    and codes alike. What it sends through the soft choice besides has no place in the two weights.
+    https://github.com/TencentARC/SEED-Voken/blob/main/src/IBQ/modules/vqvae/quantize.py). That third term pulls
+    both latents and codes. Its gradient through the soft choice cannot be expressed by the two weights.
     """
     return {"commitment_weight": 2.0, "codebook_weight": 1 + beta}
 
@@ -84,20 +84,20 @@ class Family:
     """
     Args:
         title: What users call it.
-        names: Our names to the original's.
-        keys: Patterns of which each matches the start of some original name.
+        names: Renames from our names to the original's.
+        keys: Patterns, each of which matches the start of some original name.
         kinds: Pattern of the class name in its config.
         lowest_first: Whether decoder level 0 is the lowest resolution, as here, and not the full one.
         convolved: Whether attention projections (and the Gumbel quantizer's) are 1x1 convolutions.
-        bookkeeping: Patterns of names that belong to training or are never used; nothing else may be left over.
+        bookkeeping: Patterns of names that belong to training or are unused; nothing else may be left over.
         fields: Config fields that are the same for the whole family.
         losses: Loss weights of the original trainer, for β.
         shadow: Where the moving average of a weight is stored.
         prefers_shadow: Whether the original evaluates with it.
-        attentions_needed: Attention layers below which the original has a level's weights but never runs them.
+        attentions_needed: A level with fewer attention layers than this has their weights but never runs them.
         ignored: Settings that the original takes and never reads, or that `defaults` name.
         defaults: Config fields where no config says otherwise.
-        unseen: Settings that tensors do not show, and what each is taken for if there is no config, in words.
+        unseen: Settings that tensors do not show, and the value assumed for each without a config, in words.
     """
 
     title: str
@@ -117,7 +117,7 @@ class Family:
     unseen: dict[str, str] = field(default_factory=dict)
 
     def name(self, ours: str, levels: int | None = None) -> str:
-        """The original's name of our `ours`; without the number of decoder `levels`, they count as stored."""
+        """The original's name of our `ours`; without the count of decoder `levels`, in the stored order."""
         if levels is not None and not self.lowest_first:
             ours = re.sub(r"up_blocks\.(\d+)", lambda match: f"up_blocks.{levels - 1 - int(match[1])}", ours)
         return reduce(lambda text, rule: re.sub(rule[0], rule[1], text), self.names, ours)
@@ -147,6 +147,17 @@ _taming = Family(
     shadow=flat_shadow,
     unseen={"tanh_out": "false", "give_pre_end": "false"},
 )
+_plain_taming = replace(_taming, bookkeeping=(), shadow=None, unseen={})
+_openmuse = replace(_plain_taming, fields={"pixel_range": (0, 1)}, attentions_needed=2)
+_diffusers = Family(
+    title="diffusers VQModel",
+    names=(),
+    keys=(r"encoder\.down_blocks\.", r"decoder\.up_blocks\."),
+    kinds=r"^VQModel$",
+    lowest_first=True,
+    convolved=False,
+    unseen={"norm_num_groups": "32", "act_fn": "silu"},
+)
 # In this order: the first whose keys fit is taken unless a config says otherwise.
 FAMILIES = {
     "movq": replace(
@@ -175,37 +186,21 @@ FAMILIES = {
         kinds=r"(^|\.)IBQ\.models\.\w+\.VQModel$",
         prefers_shadow=True,
     ),
-    "openmuse": replace(
-        _taming,
-        title="openMUSE VQGAN",
-        kinds=r"^VQGANModel$",
-        bookkeeping=(),
-        fields={"pixel_range": (0, 1)},
-        shadow=None,
-        attentions_needed=2,
-        unseen={},
-    ),
+    "openmuse": replace(_openmuse, title="openMUSE VQGAN", kinds=r"^VQGANModel$"),
     "openmuse_movq": replace(
-        _taming,
+        _openmuse,
         title="openMUSE MOVQ",
         keys=(*_taming.keys, r"decoder\.norm_out\.conv_y\."),
         kinds=r"^MOVQ$",
         convolved=False,
-        bookkeeping=(),
         fields={"norm_type": "spatial", "pixel_range": (0, 1)},
-        shadow=None,
-        attentions_needed=2,
-        unseen={},
     ),
     "janus": replace(
-        _taming,
+        _plain_taming,
         title="Janus VQ (transformers)",
         kinds=r"^janus",
         lowest_first=True,
-        bookkeeping=(),
         fields={"normalize_on_lookup": True},
-        shadow=None,
-        unseen={},
     ),
     "maskgit": Family(
         title="openMUSE MaskGitVQGAN",
@@ -235,31 +230,20 @@ FAMILIES = {
         defaults={"codebook_l2_norm": True},
         unseen={"codebook_l2_norm": "true"},
     ),
-    "diffusers_old": Family(
+    "diffusers_old": replace(
+        _diffusers,
         title="diffusers VQModel with attention named as before diffusers 0.18",
         names=OLD_DIFFUSERS_NAMES,
-        keys=(r"encoder\.down_blocks\.", r"decoder\.up_blocks\.", r"encoder\..*attentions\.0\.query\."),
-        kinds=r"^VQModel$",
-        lowest_first=True,
-        convolved=False,
-        unseen={"norm_num_groups": "32", "act_fn": "silu"},
+        keys=(*_diffusers.keys, r"encoder\..*attentions\.0\.query\."),
     ),
-    "diffusers": Family(
-        title="diffusers VQModel",
-        names=(),
-        keys=(r"encoder\.down_blocks\.", r"decoder\.up_blocks\."),
-        kinds=r"^VQModel$",
-        lowest_first=True,
-        convolved=False,
-        unseen={"norm_num_groups": "32", "act_fn": "silu"},
-    ),
+    "diffusers": _diffusers,
 }
 
-# Where a tokenizer sits inside a larger model. What is not under its prefix is not part of it.
+# Prefixes of a tokenizer inside a larger model. Names without the prefix are not part of it.
 PREFIXES = ("", "first_stage_model.", "model.vqmodel.", "vqmodel.", "gen_vision_model.", "vqvae.", "module.", "model.")
 ANCHORS = ("encoder.conv_in.weight", "encoder.conv_in.bias", "encoder.conv_out.weight")
 
-# What stands against a checkpoint although its model's other keys are known: (pattern, reason)
+# Why a checkpoint with otherwise known keys cannot be read: (pattern of a surplus name, reason)
 NOT_REPRESENTED = (
     (r"attn.*\.to_(qkv|out)\.", "linear attention"),
     (r"^quantize\.used$", "`remap` in a quantizer that then chooses among fewer codes"),
@@ -281,7 +265,7 @@ REQUIRED_SETTINGS = {
     "resample_with_conv": (True, None),
     "tanh_out": (False, None),
 }
-# Our field: its names in original configs. Held against what the keys say.
+# Our field: its names in original configs. Must agree with the tensors.
 SETTINGS = {
     "num_vq_embeddings": ("n_embed", "num_embeddings", "codebook_size", "num_vq_embeddings"),
     "vq_embed_dim": ("embed_dim", "quantized_embed_dim", "codebook_embed_dim", "vq_embed_dim"),
@@ -303,7 +287,7 @@ IBQ_SETTINGS = ("use_entropy_loss", "sample_minimization_weight", "batch_maximiz
 @dataclass(frozen=True)
 class Option:
     """
-    A field that only a config tells.
+    A field found only in a config.
 
     Args:
         ours: The field, or "beta".
@@ -325,20 +309,19 @@ class Option:
         Raises:
             ValueError: if it is of another kind or out of range.
         """
-        for name in self.names:
-            value = settings.get(name)
-            if value is None:
-                continue
-            kinds = (int, float) if self.kind is float else self.kind
-            fits = isinstance(value, kinds) and (self.kind is bool or not isinstance(value, bool))
-            if fits and self.kind in (int, float):
-                fits = self.low <= value <= self.high and abs(value) <= 1e30  # NaN is in no range
-            if not fits:
-                limits = f" in [{self.low:g}, {self.high:g}]" if self.kind in (int, float) else ""
-                what = {int: "a whole number", float: "a number", bool: "true or false", str: "a name"}[self.kind]
-                raise ValueError(f"its config has {name}={shown(value)}, expected {what}{limits}.")
-            return value
-        return None
+        name = next((name for name in self.names if settings.get(name) is not None), None)
+        if name is None:
+            return None
+        value, is_number = settings[name], self.kind in (int, float)
+        kinds = (int, float) if self.kind is float else self.kind
+        fits = isinstance(value, kinds) and (self.kind is bool or not isinstance(value, bool))
+        if fits and is_number:
+            fits = self.low <= value <= self.high and abs(value) <= 1e30  # NaN is in no range
+        if not fits:
+            limits = f" in [{self.low:g}, {self.high:g}]" if is_number else ""
+            what = {int: "a whole number", float: "a number", bool: "true or false", str: "a name"}[self.kind]
+            raise ValueError(f"its config has {name}={shown(value)}, expected {what}{limits}.")
+        return value
 
 
 OPTIONS = (
@@ -355,7 +338,7 @@ OPTIONS = (
     Option("codebook_l2_norm", ("codebook_l2_norm",), bool),
 )
 USE_EMA = Option("use_ema", ("use_ema",), bool)  # whether the original's evaluation takes the moving averages
-# Tokenizers whose keys are like those of FAMILIES, and which compute otherwise: (pattern of a name, title, reason)
+# Tokenizers with keys like those of FAMILIES but other computations: (pattern of a name, title, reason)
 OTHER_TOKENIZERS = (
     (r"quantize\.quant_resi\.", "a multi-scale VQVAE of VAR", "it quantizes each image at many scales"),
     (
@@ -366,7 +349,7 @@ OTHER_TOKENIZERS = (
     (
         r"quantizer\.codebooks\.",
         "RQ-VAE",
-        "its residual quantizer, with a row of padding in each codebook, is none of this package's",
+        "this package has no residual quantizer like its own, with a row of padding in each codebook",
     ),
     (
         r"decoder\.adaptive\.|encoder\.mid_block\.\d+\.",

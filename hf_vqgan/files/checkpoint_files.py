@@ -1,6 +1,6 @@
-"""Reading other projects' checkpoint files: where they are, what is in them, and nothing that they ask to be run.
+"""Reading other projects' checkpoint files: finding them and what they hold, without running code from them.
 
-Tensors are mapped from the file, not read: memory is spent on those that are used, when they are used.
+Tensors are mapped from the file on demand, so that only those in use take memory.
 """
 
 import json
@@ -19,7 +19,7 @@ from torch import Tensor
 from .sources import check_source
 from .torch_files import Opaque, StoredTensor, read_torch_file
 
-# In a folder, the first of these that is there is taken; failing all, the only file with a known ending.
+# In a folder, the first of these that exists is taken; otherwise the only file with a known ending.
 WEIGHT_NAMES = (
     "diffusion_pytorch_model.safetensors",
     "model.safetensors",
@@ -30,10 +30,7 @@ WEIGHT_NAMES = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
     "pytorch_model.safetensors",
-    "model.ckpt",
-    "last.ckpt",
-    "vq.pt",
-    "model.pt",
+    *("model.ckpt", "last.ckpt", "vq.pt", "model.pt"),
 )
 WEIGHT_ENDINGS = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 CONFIG_NAMES = ("config.json", "config.yaml", "model.yaml")
@@ -63,11 +60,11 @@ def locate(path_or_repo: str | Path) -> tuple[Path, Path | None]:
     The weight file, or the index of a sharded one, and the config file beside it if there is one.
 
     Args:
-        path_or_repo: A file; a folder; or `owner/name` on the Hub, which may go on with a folder or file in it.
+        path_or_repo: A file; a folder; or `owner/name` on the Hub, optionally followed by a folder or file in it.
 
     Raises:
-        FileNotFoundError: if there is no such thing.
-        ValueError: if a folder holds several files that could be meant.
+        FileNotFoundError: if it does not exist.
+        ValueError: if a folder holds several candidates.
     """
     path = Path(path_or_repo)
     if path.exists() and not (path.is_file() or path.is_dir()):
@@ -75,8 +72,7 @@ def locate(path_or_repo: str | Path) -> tuple[Path, Path | None]:
     if path.exists():
         files = [path] if path.is_file() else sorted(file for file in path.iterdir() if file.is_file())
         weights = path if path.is_file() else path / choose_weights([file.name for file in files], str(path))
-        names = (*CONFIG_NAMES, f"{weights.stem}.yaml", f"{weights.stem}.json")
-        beside = [weights.parent / name for name in names]
+        beside = [weights.parent / name for name in _config_names(weights)]
         return weights, next((file for file in beside if file.is_file() and file != weights), None)
     parts = str(path_or_repo).split("/")
     if path.is_absolute() or len(parts) < 2 or parts[0] in (".", ".."):
@@ -110,11 +106,12 @@ def _download(repo: str, inner: str) -> tuple[Path, Path | None]:
     if chosen.endswith(".index.json"):
         for shard in sorted(set(_shards(weights).values())):
             huggingface_hub.hf_hub_download(repo, folder + shard)
-    stem = Path(chosen).stem
-    for name in (*CONFIG_NAMES, f"{stem}.yaml", f"{stem}.json"):
-        if folder + name in files:
-            return weights, Path(huggingface_hub.hf_hub_download(repo, folder + name))
-    return weights, None
+    config = next((folder + name for name in _config_names(Path(chosen)) if folder + name in files), None)
+    return weights, None if config is None else Path(huggingface_hub.hf_hub_download(repo, config))
+
+
+def _config_names(weights: Path) -> tuple[str, ...]:
+    return *CONFIG_NAMES, f"{weights.stem}.yaml", f"{weights.stem}.json"
 
 
 def read_config(config: dict | str | Path | None) -> dict:
@@ -123,7 +120,7 @@ def read_config(config: dict | str | Path | None) -> dict:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is neither JSON nor YAML, or larger, deeper or, with its aliases written out, longer than any
+        ValueError: if it is neither JSON nor YAML, or larger, deeper or, with its aliases expanded, longer than any
             config.
     """
     if config is None:
@@ -154,8 +151,8 @@ def read_config(config: dict | str | Path | None) -> dict:
 
 def _check_extent(values: dict, source: str) -> None:
     """
-    Refuse what grows without bound when it is walked or printed: YAML's aliases can repeat a part a billion times, or
-    put it into itself, in a few lines.
+    Refuse configs that explode when traversed or printed: in a few lines, YAML's aliases can repeat a part a billion
+    times or nest it in itself.
     """
     parts: list[tuple[Any, int]] = [(values, 1)]
     count = 0
@@ -173,10 +170,10 @@ def _check_extent(values: dict, source: str) -> None:
 
 
 class _ConfigLoader(yaml.SafeLoader):
-    """Reads 1e-8 as the number that it is in JSON and to OmegaConf. PyYAML wants 1.0e-8, and would give a string."""
+    """Reads 1e-8 as a number, as JSON and OmegaConf do; PyYAML alone expects 1.0e-8 and would give a string."""
 
     def flatten_mapping(self, node: yaml.MappingNode) -> None:
-        """Merges (`<<: *alias`) copy what they name, and could do so a billion times."""
+        """Merges (`<<: *alias`) copy mappings, possibly a billion times."""
         super().flatten_mapping(node)
         if len(node.value) > MOST_CONFIG_VALUES:
             raise yaml.YAMLError(f"one mapping has more than {MOST_CONFIG_VALUES} entries")
@@ -192,12 +189,12 @@ _short.maxstring = _short.maxother = _short.maxlong = 200
 
 
 def shown(value: Any) -> str:
-    """`value` for a message, as Python writes it, but short whatever it is."""
+    """The `repr` of a value for a message, always short."""
     return _short.repr(value)
 
 
 def plain(text: str) -> str:
-    """A name from a file for a message: as it is, or quoted and cut where it would spoil a line."""
+    """A name from a file for a message: quoted and cut if it is long or not printable."""
     return text if text.isprintable() and len(text) < 200 else shown(text)
 
 
@@ -216,7 +213,7 @@ def read_checkpoint(file: Path, containers: tuple[str, ...] = ("state_dict", "mo
         containers: Entries of a training file that may hold the state dict, the preferred one first.
 
     Raises:
-        ValueError: for a damaged file, one that wants code run, or one without a state dict.
+        ValueError: for a damaged file, one that would run code, or one without a state dict.
     """
     if file.name.endswith(".index.json"):
         return _read_shards(file, containers)
@@ -283,8 +280,7 @@ def _shards(index: Path) -> dict[str, str]:
     The file of each tensor.
 
     Raises:
-        ValueError: if `index` has no such list, or a file in it is not in the folder of `index`: an index must not make
-            us read any other file.
+        ValueError: if `index` has no such list, or names a file outside its own folder, which must not be read.
     """
     try:
         places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
@@ -315,7 +311,7 @@ def _read_shards(index: Path, containers: tuple[str, ...]) -> Checkpoint:
     parts = {shard: read_checkpoint(index.parent / shard, containers) for shard in shards}
     if lacking := [name for name, shard in places.items() if name not in parts[shard].shapes]:
         raise ValueError(f"{index} names tensors that its shards do not hold: {listed(lacking)}.")
-    # What the shards hold beside is part of the checkpoint all the same, so that nothing is passed over.
+    # Tensors that the index does not name are part of the checkpoint, too, and are not ignored
     places = {name: shard for shard in shards for name in parts[shard].shapes} | places
     shapes = {name: parts[shard].shapes[name] for name, shard in places.items()}
     return Checkpoint(str(index), shapes, lambda name: parts[places[name]].load(name))

@@ -1,4 +1,4 @@
-"""Small files of text, JSON and YAML: read strictly, errors name the file; written whole or not at all."""
+"""Small text, JSON and YAML files: strict reading, with errors that name the file; atomic writing."""
 
 import json
 import os
@@ -13,7 +13,7 @@ def read_json(file: Path) -> Any:
     A file of strict JSON.
 
     Raises:
-        ValueError: if it is none, or none that Python can hold.
+        ValueError: if it is not valid, or too deeply nested.
     """
     if file.exists() and not file.is_file():
         raise ValueError(f"{file} is not a file.")
@@ -24,7 +24,7 @@ def read_json(file: Path) -> Any:
 
 
 def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is no number in JSON")
+    raise ValueError(f"{name} is not valid in JSON")
 
 
 def read_mapping(file: Path) -> dict:
@@ -60,7 +60,7 @@ def read_settings(file: Path) -> dict:
 
 
 def write_text(file: Path, text: str) -> None:
-    """Write a file so that it is there whole or not at all, after a power failure as well."""
+    """Write a file completely or not at all, even if power fails."""
     temporary = file.with_name(f".{file.name}.tmp")
     with open(temporary, "w", encoding="utf-8") as opened:
         opened.write(text)

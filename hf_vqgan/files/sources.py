@@ -1,4 +1,4 @@
-"""Is there such a model or dataset, here or on the Hub? Asked once, where libraries would ask for file after file."""
+"""Whether a model or dataset exists, locally or on the Hub: one request, where libraries would retry file by file."""
 
 from pathlib import Path
 
@@ -20,17 +20,17 @@ TIMEOUT = 10.0  # seconds
 
 def check_source(name: str | Path, kind: str = "model", repo: str | None = None, cache_dir: str | None = None) -> None:
     """
-    Fail at once, with one error, where loading `name` would fail after minutes of retries.
+    Fail immediately, with one error, if loading `name` would fail after minutes of retries.
 
     Args:
-        name (`str` or `Path`): A local path, or what is on the Hub.
+        name (`str` or `Path`): A local path, or a name on the Hub.
         kind (`str`): `"model"` or `"dataset"`.
-        repo (`str`, *optional*): Its repository there, if the name says more than that.
-        cache_dir (`str`, *optional*): Where `datasets` keeps what it has prepared, if not where it usually does.
+        repo (`str`, *optional*): Its repository, if the name is longer than that.
+        cache_dir (`str`, *optional*): Cache folder of `datasets`, if not the default.
 
     Raises:
-        FileNotFoundError: if it is neither here nor on the Hub.
-        ConnectionError: if it is not here, neither as a path nor in the Hub's cache, and the Hub cannot be reached.
+        FileNotFoundError: if it exists neither locally nor on the Hub.
+        ConnectionError: if it is neither a local path nor cached, and the Hub cannot be reached.
     """
     if Path(name).exists():
         return
@@ -44,7 +44,7 @@ def check_source(name: str | Path, kind: str = "model", repo: str | None = None,
         HfApi().repo_info(repo, repo_type=kind, timeout=TIMEOUT)
     except RepositoryNotFoundError:
         raise FileNotFoundError(
-            f"{missing}, and the Hub has no {kind} repository {repo}, or not for you: `hf auth login`."
+            f"{missing}, and the Hub has no {kind} repository {repo}, or it is private: `hf auth login`."
         ) from None
     except (HTTPError, OfflineModeIsEnabled) as error:
         if not _is_cached(repo, kind, cache_dir):
@@ -54,7 +54,7 @@ def check_source(name: str | Path, kind: str = "model", repo: str | None = None,
 
 
 def _is_cached(repo: str, kind: str, cache_dir: str | None) -> bool:
-    """Whether something of a repository has been downloaded before."""
+    """Whether any part of a repository has been downloaded before."""
     if kind == "dataset":
         *owner, own_name = repo.split("/")
         folder = "___".join([*owner, camelcase_to_snakecase(own_name)])

@@ -1,10 +1,11 @@
 """Reading what torch.save wrote, without unpickling it.
 
 A pickle is a program for a small stack machine, whose instructions may call anything. `PickleReader` is that machine
-without the calls: it builds dicts, lists and tuples, notes where tensors lie in the file, and puts an `Opaque` in place
-of everything else. It imports nothing, calls nothing, and makes nothing larger than the file says it has.
+without the calls: it builds dicts, lists and tuples, notes where tensors are in the file, and puts an `Opaque` in place
+of everything else. It imports nothing, calls nothing, and allocates no more than the file holds. (`pickle.Unpickler`
+with a restricted `find_class` calls nothing either, but a few bytes can make it allocate gigabytes or hash for hours.)
 
-Tensors are mapped from the file when they are asked for.
+Tensors are mapped from the file on demand.
 """
 
 import math
@@ -43,7 +44,7 @@ STORAGE_TYPES = {
     "UntypedStorage": torch.uint8,
 }
 # What a checkpoint may name without being refused: parts of tensors, plain containers, trainers' bookkeeping. Only the
-# few in `PickleReader._call` are understood; of the others nothing is kept but the name.
+# few in `PickleReader._call` are understood; of the others, only the name is kept.
 HARMLESS = re.compile(
     r"torch\.((cuda|sparse|storage)\.)*(\w+Storage|\w+Tensor|Tensor|Size|device)"
     r"|torch\._utils\._rebuild_\w+|torch\._tensor\._rebuild_from_type_v2|torch\.nn\.parameter\.Parameter"
@@ -59,7 +60,7 @@ HARMLESS = re.compile(
 
 @dataclass(frozen=True, eq=False)
 class Opaque:
-    """Stands for an object of the pickle that is not read; `kind` says in words what it was."""
+    """Placeholder for an object of the pickle that is not read; `kind` describes it."""
 
     kind: str
 
@@ -78,7 +79,7 @@ class _Storage:
 
 @dataclass(frozen=True, eq=False)
 class StoredTensor:
-    """Where a tensor lies: `shape`, and `strides` and `offset` in elements of `dtype`, in the storage named `key`."""
+    """Where a tensor is: `shape`, and `strides` and `offset` in elements of `dtype`, in the storage named `key`."""
 
     key: str
     dtype: torch.dtype
@@ -96,12 +97,20 @@ class PickleReader:
         storages (`dict`): Storages that tensors refer to, by key.
     """
 
-    # Instructions that put a constant, or what follows them, on the stack
-    CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
-    ARGUMENTS = frozenset((
+    # Instructions that put the value that follows them on the stack
+    VALUES = frozenset((
         "INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT",
         "STRING", "BINSTRING", "SHORT_BINSTRING", "UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8",
         "BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8",
+    ))  # fmt: skip
+    # Instructions that put a new object on the stack
+    NEW: dict[str, Callable[[], Any]] = {
+        "NONE": lambda: None, "NEWTRUE": lambda: True, "NEWFALSE": lambda: False,
+        "EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_TUPLE": tuple, "EMPTY_SET": lambda: Opaque("set"),
+    }  # fmt: skip
+    # Instructions that take everything above the last mark from the stack
+    TO_MARK = frozenset((
+        "POP_MARK", "DICT", "LIST", "TUPLE", "FROZENSET", "APPENDS", "ADDITEMS", "SETITEMS", "INST", "OBJ",
     ))  # fmt: skip
 
     def __init__(self):
@@ -120,97 +129,79 @@ class PickleReader:
         below: list[list] = []  # the stacks under each open mark
         memo: dict[int, Any] = {}
 
-        def to_mark() -> list:
-            nonlocal stack
-            items, stack = stack, below.pop()
-            return items
-
         for operation, argument, _ in pickletools.genops(stream):
             self._count(1)
             name = operation.name
-            if name in self.ARGUMENTS:
-                stack.append(argument)
-            elif name in self.CONSTANTS:
-                stack.append(self.CONSTANTS[name])
-            else:
-                match name:
-                    case "PROTO" | "FRAME":
-                        pass
-                    case "STOP":
-                        return stack.pop()
-                    case "MARK":
-                        below.append(stack)
-                        stack = []
-                    case "POP" if stack:
+            if name in self.TO_MARK:
+                items, stack = stack, below.pop()
+            match name:
+                case _ if name in self.VALUES:
+                    stack.append(argument)
+                case _ if name in self.NEW:
+                    stack.append(self.NEW[name]())
+                case "PROTO" | "FRAME" | "POP_MARK":
+                    pass
+                case "STOP":
+                    return stack.pop()
+                case "MARK":
+                    below.append(stack)
+                    stack = []
+                case "POP":
+                    if stack:
                         stack.pop()
-                    case "POP" | "POP_MARK":
-                        to_mark()
-                    case "DUP":
-                        stack.append(stack[-1])
-                    case "PUT" | "BINPUT" | "LONG_BINPUT":
-                        memo[argument] = stack[-1]
-                    case "MEMOIZE":
-                        memo[len(memo)] = stack[-1]
-                    case "GET" | "BINGET" | "LONG_BINGET":
-                        stack.append(memo[argument])
-                    case "EMPTY_DICT":
-                        stack.append({})
-                    case "EMPTY_LIST":
-                        stack.append([])
-                    case "EMPTY_TUPLE":
-                        stack.append(())
-                    case "EMPTY_SET":
-                        stack.append(Opaque("set"))
-                    case "DICT":
-                        items = to_mark()
-                        stack.append({})
-                        self._set_items(stack[-1], items)
-                    case "LIST":
-                        items = to_mark()
-                        stack.append(items)
-                    case "TUPLE":
-                        items = to_mark()
-                        stack.append(tuple(items))
-                    case "FROZENSET":
-                        to_mark()
-                        stack.append(Opaque("frozenset"))
-                    case "TUPLE1" | "TUPLE2" | "TUPLE3":
-                        items = [stack.pop() for _ in range(int(name[-1]))]
-                        stack.append(tuple(reversed(items)))
-                    case "APPEND":
-                        self._append(stack[-2], [stack.pop()])
-                    case "APPENDS" | "ADDITEMS":
-                        items = to_mark()
-                        self._append(stack[-1], items)
-                    case "SETITEM":
-                        value, key = stack.pop(), stack.pop()
-                        self._set_items(stack[-1], [key, value])
-                    case "SETITEMS":
-                        items = to_mark()
-                        self._set_items(stack[-1], items)
-                    case "GLOBAL":
-                        stack.append(self._name(*argument.split(" ", 1)))
-                    case "STACK_GLOBAL":
-                        attribute, module = stack.pop(), stack.pop()
-                        stack.append(self._name(module, attribute))
-                    case "REDUCE" | "NEWOBJ":
-                        arguments, called = stack.pop(), stack.pop()
-                        stack.append(self._call(called, arguments))
-                    case "NEWOBJ_EX":
-                        _, arguments, called = stack.pop(), stack.pop(), stack.pop()
-                        stack.append(self._call(called, arguments))
-                    case "INST":
-                        to_mark()
-                        stack.append(Opaque(self._name(*argument.split(" ", 1)).kind))
-                    case "OBJ":
-                        called, *arguments = to_mark()
-                        stack.append(self._call(called, tuple(arguments)))
-                    case "BUILD":
-                        stack.pop()  # attributes: of a state dict its _metadata
-                    case "BINPERSID":
-                        stack.append(self._storage(stack.pop()))
-                    case _:
-                        raise ValueError(f"the instruction {name} does not occur in checkpoints")
+                    else:
+                        stack = below.pop()
+                case "DUP":
+                    stack.append(stack[-1])
+                case "PUT" | "BINPUT" | "LONG_BINPUT":
+                    memo[argument] = stack[-1]
+                case "MEMOIZE":
+                    memo[len(memo)] = stack[-1]
+                case "GET" | "BINGET" | "LONG_BINGET":
+                    stack.append(memo[argument])
+                case "LIST":
+                    stack.append(items)
+                case "TUPLE":
+                    stack.append(tuple(items))
+                case "TUPLE1" | "TUPLE2" | "TUPLE3":
+                    items = [stack.pop() for _ in range(int(name[-1]))]
+                    stack.append(tuple(reversed(items)))
+                case "DICT":
+                    stack.append({})
+                    self._set_items(stack[-1], items)
+                case "FROZENSET":
+                    stack.append(Opaque("frozenset"))
+                case "APPEND":
+                    self._append(stack[-2], [stack.pop()])
+                case "APPENDS" | "ADDITEMS":
+                    self._append(stack[-1], items)
+                case "SETITEM":
+                    value, key = stack.pop(), stack.pop()
+                    self._set_items(stack[-1], [key, value])
+                case "SETITEMS":
+                    self._set_items(stack[-1], items)
+                case "GLOBAL":
+                    stack.append(self._name(*argument.split(" ", 1)))
+                case "STACK_GLOBAL":
+                    attribute, module = stack.pop(), stack.pop()
+                    stack.append(self._name(module, attribute))
+                case "REDUCE" | "NEWOBJ":
+                    arguments, called = stack.pop(), stack.pop()
+                    stack.append(self._call(called, arguments))
+                case "NEWOBJ_EX":
+                    _, arguments, called = stack.pop(), stack.pop(), stack.pop()
+                    stack.append(self._call(called, arguments))
+                case "INST":
+                    stack.append(Opaque(self._name(*argument.split(" ", 1)).kind))
+                case "OBJ":
+                    called, *arguments = items
+                    stack.append(self._call(called, tuple(arguments)))
+                case "BUILD":
+                    stack.pop()  # attributes: of a state dict its _metadata
+                case "BINPERSID":
+                    stack.append(self._storage(stack.pop()))
+                case _:
+                    raise ValueError(f"the instruction {name} does not occur in checkpoints")
 
     def _count(self, steps: int) -> None:
         self.steps += steps
@@ -219,7 +210,7 @@ class PickleReader:
 
     def _name(self, module: str, attribute: str) -> _Name:
         if not (isinstance(module, str) and isinstance(attribute, str) and len(module + attribute) <= LONGEST_NAME):
-            raise ValueError("the name of a class or function is none")
+            raise ValueError("a class or function has no valid name")
         name = f"{module}.{attribute}"
         is_dtype = module == "torch" and isinstance(vars(torch).get(attribute), torch.dtype)
         if not (is_dtype or HARMLESS.fullmatch(name)):
@@ -277,7 +268,7 @@ class PickleReader:
         raise ValueError("a reference to something that is no storage of a tensor")
 
     def _tensor(self, storage: _Storage, dtype: Any, offset: Any, shape: Any, strides: Any) -> StoredTensor | Opaque:
-        """The tensor, or what is wrong with it: then it matters only if it is one of the model's."""
+        """The tensor, or what is wrong with it, which matters only if it is one of the model's."""
         fits = len(shape) == len(strides) <= MOST_DIMENSIONS and isinstance(dtype, torch.dtype)
         if not (fits and all(isinstance(n, int) and 0 <= n < 2**63 for n in (offset, *shape, *strides))):
             return Opaque("a tensor of an impossible layout")
@@ -318,7 +309,7 @@ def read_torch_file(file: Path) -> TorchFile:
             warnings.simplefilter("ignore", DeprecationWarning)  # of escapes in damaged text
             return read(file, data)
     except (
-        # all that nonsense makes Python's own parsers raise
+        # what Python's own parsers raise on garbage
         ValueError, LookupError, TypeError, AttributeError, EOFError, OverflowError, NotImplementedError, struct.error,
         zipfile.BadZipFile,
     ) as error:  # fmt: skip
@@ -395,7 +386,7 @@ def _read_legacy(file: Path, data: mmap.mmap) -> TorchFile:
 
 
 def _mapped(data: mmap.mmap, content: Any, reader: PickleReader, places: dict[str, tuple[int, int]]) -> TorchFile:
-    """Checks that every storage is where it should be, and says how to map tensors from there."""
+    """Check that every storage is where it should be; the result maps tensors from there."""
     for key, (start, size) in places.items():
         expected = reader.storages[key].count * reader.storages[key].dtype.itemsize
         if size != expected or start + size > len(data):

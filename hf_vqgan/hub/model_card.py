@@ -25,7 +25,7 @@ Rows: original | reconstruction | code map (similar codes have similar colours).
 
 | metric | value | measured on |
 |---|---|---|
-{% for row in figures %}| {{ row.name }} | {{ row.value }} | {{ row.on }} |
+{% for row in metrics %}| {{ row.name }} | {{ row.value }} | {{ row.on }} |
 {% endfor %}
 ![use of the codebook](codebook.png)
 
@@ -63,7 +63,7 @@ hf-vqgan train --config training_config.yaml
 """
 
 # name in metrics.json -> (title, type on the Hub, digits, key of `measured_on`)
-FIGURES = {
+TRAINING_METRICS = {
     "psnr": ("PSNR (dB)", "psnr", 2, "psnr, ssim, lpips, l1, validation_*"),
     "ssim": ("SSIM", "ssim", 3, "psnr, ssim, lpips, l1, validation_*"),
     "lpips": ("LPIPS", "lpips", 3, "psnr, ssim, lpips, l1, validation_*"),
@@ -97,7 +97,7 @@ def make_model_card(
         settings (`dict`): training_config.yaml of its run.
         metrics (`dict`): metrics.json of its run.
         has_diffusers (`bool`): Whether the repository has a `diffusers/` folder.
-        license (`str`, *optional*): Licence of the weights, as the Hub names it.
+        license (`str`, *optional*): License of the weights, as the Hub names it.
     """
     dataset_name = settings["dataset_name"]
     on_hub = _on_hub(dataset_name)
@@ -118,7 +118,7 @@ def make_model_card(
                 metric_name=title,
                 metric_value=round(metrics[name], 4),
             )
-            for name, (title, kind, _, _) in FIGURES.items()
+            for name, (title, kind, _, _) in TRAINING_METRICS.items()
         ],
     )
     return ModelCard.from_template(
@@ -131,9 +131,9 @@ def make_model_card(
         codes=model_config.num_vq_embeddings,
         quantizer=model_config.quantizer,
         factor=model_config.downsample_factor,
-        figures=[
+        metrics=[
             {"name": title, "value": f"{metrics[name]:.{digits}f}", "on": measured[key]}
-            for name, (title, _, digits, key) in FIGURES.items()
+            for name, (title, _, digits, key) in TRAINING_METRICS.items()
         ],
         has_diffusers=has_diffusers,
         dataset=_link(dataset_name, "datasets/"),
@@ -142,13 +142,12 @@ def make_model_card(
 
 def update_model_card(folder: Path, evaluation: dict) -> ModelCard:
     """
-    The card of a model's folder, made if there is none, with the model's figures of an evaluation added.
+    The card of a model's folder, created if there is none, with the results of an evaluation added.
 
-    Figures of the same dataset, split and resolution that are in its metadata are replaced, and so is its section
-    "Evaluation".
+    Replaces results on the same dataset, split and resolution in its metadata, and its section "Evaluation".
 
     Args:
-        evaluation (`dict`): The model's own evaluation.json: figures by name, and `protocol`.
+        evaluation (`dict`): The model's own evaluation.json: metrics by name, and `protocol`.
     """
     file, name = folder / "README.md", folder.resolve().name
     if file.is_file():
@@ -160,7 +159,7 @@ def update_model_card(folder: Path, evaluation: dict) -> ModelCard:
 
 
 def add_evaluation(card: ModelCard, evaluation: dict, model_name: str) -> ModelCard:
-    """`card` with the figures of `evaluation`, an evaluation.json, in its metadata and in its section "Evaluation"."""
+    """`card` with the results of `evaluation`, an evaluation.json, in its metadata and its section "Evaluation"."""
     protocol = evaluation["protocol"]
     on_hub = _on_hub(protocol["dataset"])
     shown = {name: row for name, row in EVALUATION_FIGURES.items() if name in evaluation}
@@ -283,17 +282,17 @@ def make_pipeline_card(
 
 
 def _on_hub(name: str) -> bool:
-    """Whether a model or dataset is named as the Hub names them, `user/name`, and not as a path."""
+    """Whether a model or dataset is named `user/name`, as on the Hub, and not by a path."""
     return name.count("/") == 1 and not name.startswith((".", "/", "~", "package:")) and not Path(name).exists()
 
 
 def is_local(name: str) -> bool:
-    """Whether a text names something on this machine: a path from a root, a home or here, or one that is there."""
+    """Whether a text names something on this machine: an absolute, home or relative path, or one that exists."""
     return bool(re.match(r"/|~|\.{1,2}(/|$)|[A-Za-z]:\\", name)) or (len(name) < 256 and Path(name).exists())
 
 
 def public_name(name: str) -> str:
-    """How others may know a model or dataset: by its name on the Hub, or by the last name of its path here."""
+    """What to call a model or dataset in public: its name on the Hub, or the last part of its local path."""
     return Path(name).expanduser().resolve().name or "local" if is_local(name) else name
 
 

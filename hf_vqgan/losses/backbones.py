@@ -1,4 +1,4 @@
-"""A frozen vision transformer, as a judge of images or as a model for latents."""
+"""A frozen vision transformer, as a feature extractor for a discriminator or as a target for latents."""
 
 import torch
 import torch.nn.functional as F
@@ -14,11 +14,11 @@ class VisionBackbone(nn.Module):
 
     Args:
         name (`str`): Hub id or folder of a vision transformer that `transformers.AutoModel` loads.
-        flag (`str`): The flag by which the user named it, for error messages.
-        instead (`str`): What to do where it cannot be had, likewise.
+        flag (`str`): The flag by which the user chose it, for error messages.
+        instead (`str`): What to do if it cannot be loaded, likewise.
 
     Raises:
-        ValueError: if the model cannot be had, or is no vision transformer.
+        ValueError: if the model cannot be loaded, or is no vision transformer.
     """
 
     def __init__(self, name: str, flag: str, instead: str):
@@ -28,7 +28,7 @@ class VisionBackbone(nn.Module):
             self.model = AutoModel.from_pretrained(name).eval()
         except (OSError, ValueError) as error:
             raise ValueError(
-                f"{flag}={name!r} cannot be had ({error}). Name a folder with a copy of the model, or {instead}."
+                f"{flag}={name!r} cannot be loaded ({error}). Give a folder with a copy of the model, or {instead}."
             ) from error
         config = self.model.config
         if not (hasattr(config, "patch_size") and hasattr(config, "image_size")):
@@ -54,5 +54,5 @@ class VisionBackbone(nn.Module):
             pixel_values = F.interpolate(pixel_values, size, mode="bilinear", antialias=True)
         output = self.model((pixel_values - self.mean) / self.std, output_hidden_states=depths is not None)
         states = [output.last_hidden_state] if depths is None else [output.hidden_states[depth] for depth in depths]
-        # Before the patches come class and register tokens.
+        # Class and register tokens come before the patches.
         return [tokens[:, -(self.grid**2) :].transpose(1, 2) for tokens in states]

@@ -1,9 +1,9 @@
 """
-Discriminators: images in, logits out (high = looks real); and the augmentations that images pass through before.
+Discriminators: images in, logits out (high = looks real); and the augmentation of their inputs.
 
-Each judges an image by that image alone: no batch normalisation, no minibatch statistics. One batch of 2B, two of B,
-and two processes with B each then give the same gradients, and the logits of the reconstructions can serve the
-generator's and the discriminator's loss alike.
+An image's logits depend on that image alone: no batch normalization, no minibatch statistics. One batch of 2B, two of
+B, and two processes with B each then give the same gradients, and the logits of the reconstructions serve both the
+generator's and the discriminator's loss.
 """
 
 import math
@@ -21,10 +21,10 @@ DISCRIMINATORS = ("patchgan", "stylegan", "dino")
 
 class PatchDiscriminator(nn.Sequential):
     r"""
-    PatchGAN (https://huggingface.co/papers/1611.07004): a small convolutional net whose every output judges one patch,
-    16 to 70 pixels wide for 1 to 3 layers, so that it polices texture and leaves content to the other losses.
+    PatchGAN (https://huggingface.co/papers/1611.07004): a small convolutional network with one logit per patch, 16 to
+    70 pixels wide for 1 to 3 layers, so that it judges texture and leaves content to the other losses.
 
-    Normalises by GroupNorm where pix2pix has BatchNorm.
+    Has GroupNorm where pix2pix has BatchNorm.
 
     Args:
         in_channels (`int`): Channels of the images.
@@ -59,7 +59,7 @@ class PatchDiscriminator(nn.Sequential):
 
 
 class _EqualizedConv2d(nn.Conv2d):
-    """Weights from N(0, 1), scaled by 1/√fan_in at run time, so that Adam moves all layers at one relative rate."""
+    """Weights from N(0, 1), scaled by 1/√fan_in at run time, so that Adam updates all layers at one relative rate."""
 
     def reset_parameters(self) -> None:
         nn.init.normal_(self.weight)
@@ -112,7 +112,7 @@ class StyleGANDiscriminator(nn.Module):
         if halvings < 1 or resolution % 2**halvings:
             raise ValueError(
                 f"resolution={resolution} does not suit the StyleGAN discriminator, which halves it down to 4 to 7 "
-                "pixels: take a power of 2 from 8 on, or 5, 6 or 7 times one."
+                "pixels: use a power of 2 from 8 on, or 5, 6 or 7 times one."
             )
         widths = [min(512, channels * 2**level) for level in range(halvings + 1)]
         self.stem = _EqualizedConv2d(in_channels, widths[0], 1)
@@ -152,8 +152,8 @@ class _TokenHead(nn.Module):
 class DINODiscriminator(nn.Module):
     r"""
     Small heads on the features of a frozen vision transformer, at four depths (StyleGAN-T,
-    https://huggingface.co/papers/2301.09515, section 4.2): it starts out knowing what images look like, so it helps
-    from the first step and with little data. Normalises by GroupNorm where StyleGAN-T has a form of BatchNorm.
+    https://huggingface.co/papers/2301.09515, section 4.2): its features are pretrained, so it helps from the first step
+    and with little data. Has GroupNorm where StyleGAN-T has a form of BatchNorm.
 
     Its spectral norms advance by one power iteration per pass, so gradient accumulation equals a large batch only
     up to that.
@@ -162,12 +162,12 @@ class DINODiscriminator(nn.Module):
         backbone (`str`): Hub id or folder of a ViT that `transformers.AutoModel` loads, such as `facebook/dino-vits16`.
 
     Raises:
-        ValueError: if that cannot be had, or is no vision transformer.
+        ValueError: if it cannot be loaded, or is no vision transformer.
     """
 
     def __init__(self, backbone: str = "facebook/dino-vits16"):
         super().__init__()
-        self.backbone = VisionBackbone(backbone, "disc_backbone", "take --disc_type patchgan")
+        self.backbone = VisionBackbone(backbone, "disc_backbone", "use --disc_type patchgan")
         layers = self.backbone.num_layers
         self.depths = sorted({math.ceil(layers * quarter / 4) for quarter in (1, 2, 3, 4)})
         self.heads = nn.ModuleList(_TokenHead(self.backbone.dim) for _ in self.depths)
@@ -185,7 +185,7 @@ AUGMENTATIONS = ("color", "translation", "cutout")
 
 
 def draw_augmentations(count: int, generator: torch.Generator) -> dict[str, Tensor]:
-    """Uniform random numbers in [0, 1) for `count` images, on CPU: three of colour `(N, 3)`, two places `(N, 2)`."""
+    """Uniform random numbers in [0, 1) for `count` images, on CPU: colour `(N, 3)` and two positions `(N, 2)`."""
     sizes = {"color": 3, "translation": 2, "cutout": 2}
     return {name: torch.rand(count, size, generator=generator) for name, size in sizes.items()}
 
@@ -193,7 +193,7 @@ def draw_augmentations(count: int, generator: torch.Generator) -> dict[str, Tens
 def diff_augment(pixel_values: Tensor, policy: tuple[str, ...] | list[str], draws: Mapping[str, Tensor]) -> Tensor:
     """
     Differentiable augmentation (https://huggingface.co/papers/2006.10738): the discriminator sees real images and
-    reconstructions brightened, shifted and with a square cut out, so that it cannot learn a small dataset by heart.
+    reconstructions brightened, shifted and with a square cut out, so that it cannot memorize a small dataset.
 
     Args:
         pixel_values (`Tensor`): `(B, C, H, W)` in [-1, 1].
@@ -233,5 +233,5 @@ def diff_augment(pixel_values: Tensor, policy: tuple[str, ...] | list[str], draw
 
 
 def _uniform_integers(uniform: Tensor, bound: int) -> Tensor:
-    """[0, 1) to integers from -bound to bound, all alike."""
+    """Uniform [0, 1) to uniform integers from -bound to bound."""
     return (uniform * (2 * bound + 1)).floor().long() - bound

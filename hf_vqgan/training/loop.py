@@ -11,6 +11,7 @@ from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
 from ..data.datasets import WaitClock
+from ..hub.push import push_checkpoint
 from .interruption import Preempted, PreemptionNotice, watch_nonfinite
 from .plan import rehearse
 from .run_folder import RunFolder, public_settings
@@ -136,13 +137,15 @@ def push(task: Task, run: RunFolder) -> None:
     """Push the run to the Hub, if it is to be pushed and has metrics to show."""
     config, state = task.state.config, task.state
     if config.push_to_hub and state.accelerator.is_main_process and run.has_metrics:
-        task.push(
+        push_checkpoint(
+            task.push,
             run.folder,
             config.hub_model_id or run.folder.resolve().name,
             token=config.hub_token,
             private=config.hub_private_repo,
             license=config.hub_license,
             commit_message=f"Step {state.step} of {config.max_train_steps}",
+            last=state.step >= config.max_train_steps,
         )
 
 

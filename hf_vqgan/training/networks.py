@@ -28,6 +28,7 @@ from ..losses.regularizers import FeatureAlignment
 from ..measurement.metrics import CodebookHealth
 from ..modeling_vqgan import VQGANModel
 from .configuration import VQGANTrainingConfig
+from .fast_blocks import install_fast_blocks
 from .optimization import build_optimizer
 from .step import TrainState
 
@@ -207,7 +208,7 @@ def build_model(config: VQGANTrainingConfig, model_config: VQGANConfig) -> VQGAN
     if config.gradient_checkpointing:
         # transformers 5 has renamed it on the way
         getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
-    return model.train().to(memory_format=memory_format(config))
+    return install_fast_blocks(model).train().to(memory_format=memory_format(config))
 
 
 def load_model_to_start_from(source: str, model_config: VQGANConfig) -> VQGANModel:

@@ -7,9 +7,10 @@ clipping, and share its losses. Neither knows micro-batches, fp16 or several pro
 from collections.abc import Callable
 
 import torch
+from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
-from hf_vqgan.blocks import LIGHT_BLOCKS
+from hf_vqgan.blocks import UpsamplingBlock, replace_blocks
 from hf_vqgan.losses.image_losses import (
     adversarial_loss,
     discriminator_losses,
@@ -18,6 +19,7 @@ from hf_vqgan.losses.image_losses import (
     reconstruction_losses,
 )
 from hf_vqgan.modeling_vqgan import VQGANOutput
+from hf_vqgan.training.fast_blocks import FAST_BLOCKS
 from hf_vqgan.training.step import TrainState, augment, clip_gradients, generate, update_weights
 
 
@@ -95,11 +97,8 @@ def discriminator_gradients(state: TrainState, sample: Tensor, pixels: Tensor) -
 
 
 def use_plain_blocks(network: nn.Module) -> None:
-    """Let the blocks in `network` be diffusers' own again: what `lighten` did, undone."""
-    plain_blocks = {light: plain for plain, light in LIGHT_BLOCKS.items()}
-    for block in network.modules():
-        if type(block) in plain_blocks:
-            block.__class__ = plain_blocks[type(block)]
+    """Let the blocks in `network` be stock blocks again."""
+    replace_blocks(network, {UpsamplingBlock: Upsample2D} | {fast: stock for stock, fast in FAST_BLOCKS.items()})
 
 
 def textbook_step(gradients: Callable[[TrainState, Tensor], Tensor], state: TrainState, pixels: Tensor) -> Tensor:
