@@ -25,7 +25,7 @@ from hf_vqgan.training.fast_blocks import (
     install_fast_blocks,
     norm_act_conv,
 )
-from hf_vqgan.training.setup import build_model
+from hf_vqgan.training.networks import build_model
 
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
 
