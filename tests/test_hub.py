@@ -343,7 +343,7 @@ def test_pushed_files_name_no_place_on_this_machine(hub, run, tmp_path):
     )
     (folder / "metrics.json").write_text(json.dumps(images))
     protocol = {"dataset": settings["dataset_name"], "dataset_config": None, "split": "test", "dataset_commit": None,
-                "num_images": 2, "resolution": 32, "resize": 32, "crop": "centre"}  # fmt: skip
+                "num_images": 2, "resolution": 32, "resize": 32, "crop": "center"}  # fmt: skip
     evaluation = {"psnr": 9.0, "protocol": protocol, "models": [{"name": str(folder)}], "skipped": {}}
     (folder / "evaluation.json").write_text(json.dumps(evaluation))
     (tmp_path / "janedoe" / "photos").mkdir()
@@ -455,9 +455,10 @@ for kind in ("files", "tars"):
     hub.run(make, tmp_path / "writer")
     read = """
 from hf_vqgan.data.datasets import ImageTransform, load_batches
+from hf_vqgan.data.images import TrainingOptions
 from hf_vqgan.data.streams import StreamedImages, load_image_stream
 for kind in ("parquet", "files", "tars"):
-    shards, validation = load_image_stream(f"user/{kind}", validation_size=2)
+    shards, validation = load_image_stream(TrainingOptions(f"user/{kind}", validation_size=2))
     stream = StreamedImages([shards], ImageTransform(16, center_crop=True, random_flip=False))
     batch = next(load_batches(stream, 6, num_workers=1))
     images = sorted(round(image.double().sum().item(), 3) for image in batch["pixel_values"])

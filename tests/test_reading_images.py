@@ -33,9 +33,9 @@ from hf_vqgan.data.datasets import (
     decode_image,
     default_num_workers,
     load_batches,
-    load_image_datasets,
     map_style_images,
 )
+from hf_vqgan.data.images import TrainingOptions, load_image_datasets
 from hf_vqgan.data.streams import StreamedImages, load_image_stream
 from hf_vqgan.evaluation.comparison import EvaluationConfig, EvaluationImages
 from hf_vqgan.evaluation.latent_analysis import LatentAnalysisConfig, load_images
@@ -81,9 +81,9 @@ def is_upright(pixels: torch.Tensor) -> bool:
 
 def test_every_reader_shows_photographs_upright(portraits, tmp_path, trained_model):
     folder = str(portraits / "images")
-    train_images, validation_images = load_image_datasets(folder)
+    train_images, validation_images = load_image_datasets(TrainingOptions(folder))
     rows = datasets.load_dataset(folder, split="train")
-    stream, _ = load_image_stream(str(portraits / "tars"), validation_size=2)
+    stream, _ = load_image_stream(TrainingOptions(str(portraits / "tars"), validation_size=2))
     shown = {
         "training": TrainingImages(train_images, WHOLE)[0]["pixel_values"],
         "stream of tars": next(load_batches(StreamedImages([stream], WHOLE), 1))["pixel_values"][0],
@@ -187,7 +187,7 @@ def test_each_unreadable_image_of_a_stream_has_one_name(tmp_path, groups):
     good, bad = image_bytes(photo(0), "JPEG"), b"?"
     write_tar(tmp_path / "a.tar", [bad, good, good, bad, good, good])
     write_tar(tmp_path / "b.tar", [good, good, good, bad, good, good])
-    shards, validation = load_image_stream(str(tmp_path), validation_size=1)
+    shards, validation = load_image_stream(TrainingOptions(str(tmp_path), validation_size=1))
     assert len(validation) == 1  # the first, a broken one
     stream = StreamedImages([shards], ImageTransform(16), buffer_size=3, shard_groups=groups)
     batches = load_batches(stream, 4, stop=12, num_workers=1)
@@ -328,8 +328,8 @@ def test_files_are_synced_through_descriptors_that_may_write(tmp_path, monkeypat
 def test_what_a_spawned_worker_needs_can_be_sent(tmp_path, monkeypatch):
     """How workers start on macOS and Windows."""
     write_tar(tmp_path / "0.tar", [image_bytes(photo(n), "JPEG") for n in range(6)])
-    images, _ = load_image_datasets(str(tmp_path))
-    shards, _ = load_image_stream(str(tmp_path), validation_size=1)
+    images, _ = load_image_datasets(TrainingOptions(str(tmp_path)))
+    shards, _ = load_image_stream(TrainingOptions(str(tmp_path), validation_size=1))
     sent = []
     loader = lambda *data, **settings: sent.append((data, settings)) or []  # noqa: E731
     monkeypatch.setattr("hf_vqgan.data.datasets.DataLoader", loader)

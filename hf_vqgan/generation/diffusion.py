@@ -31,7 +31,8 @@ from torchvision.transforms.v2 import functional as tvF
 from torchvision.utils import make_grid
 from tqdm.auto import tqdm
 
-from ..data.datasets import EpochBatchSampler, ImageTransform, load_splits
+from ..data.datasets import EpochBatchSampler, ImageTransform
+from ..data.images import load_splits
 from ..files.sources import check_source
 from ..hub.push import push_pipeline_to_hub
 from ..modeling_vqgan import VQGANModel
