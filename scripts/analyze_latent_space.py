@@ -14,8 +14,7 @@ Leaves latent_space.json, report.md and pictures in output_dir. What each figure
 
 import datasets
 
-from hf_vqgan.evaluation.latent_analysis import LatentAnalysisConfig
-from hf_vqgan.evaluation.latent_report import analyze_and_compare
+from hf_vqgan.evaluation.latent_analysis import LatentAnalysisConfig, analyze_and_compare
 from hf_vqgan.training.arguments import RecipeParser, errors_in_one_line
 
 

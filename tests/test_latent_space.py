@@ -9,8 +9,8 @@ from conftest import TINY
 from diffusers import AutoencoderKL
 
 from hf_vqgan import VQGANConfig, VQGANModel
-from hf_vqgan.evaluation.latent_analysis import GROUPS, LatentAnalysisConfig
-from hf_vqgan.evaluation.latent_report import analyze, analyze_and_compare, compare, read_report
+from hf_vqgan.evaluation.latent_analysis import GROUPS, LatentAnalysisConfig, analyze, analyze_and_compare
+from hf_vqgan.evaluation.latent_report import compare, read_report
 from hf_vqgan.measurement.latent_space import (
     TRANSFORMS,
     PixelDistance,
@@ -333,7 +333,7 @@ def test_analysis_leaves_figures_and_pictures(tiny_model, image_folder, small_an
               "latent_high_frequency_share", "diffusion_loss", "gfid")  # fmt: skip
     assert not set(wanted) - figures.keys()
     assert report["skipped"] == {"probe": "there are no two classes with five images each: more --max_samples"}
-    assert report["settings"]["feature_extractor"].startswith("LPIPS alex")
+    assert report["settings"]["feature_extractor"] == "lpips_alex"
     # The model's own scaling factors are as before the diffusion was trained.
     assert VQGANModel.from_pretrained(tmp_path / "model").config.scaling_factor == 0.8
 
@@ -364,21 +364,21 @@ def test_models_of_every_kind_are_compared(image_folder, small_analysis, tmp_pat
     table = (out / "comparison.md").read_text()
     assert "| ifid | lower |" in table and "Not of all models:" in table and "pfid" in table.splitlines()[-1]
 
-    reports["kl"]["settings"]["feature_extractor"] = "Inception"
+    reports["kl"]["settings"]["feature_extractor"] = "inception"
     with pytest.raises(
-        ValueError, match="residual and kl cannot be compared: feature_extractor is 'LPIPS.*'Inception'"
+        ValueError, match="residual and kl cannot be compared: feature_extractor is 'lpips_alex' there and 'inception'"
     ):
         compare(reports, out)
     reports["kl"]["settings"] = reports["residual"]["settings"]
-    reports["kl"]["ifid"]["protocol"] = "another"
-    with pytest.raises(ValueError, match="cannot be compared: ifid is 'nearest.*'another'"):
+    reports["kl"]["ifid"]["protocol"]["projections"] = 2
+    with pytest.raises(ValueError, match="cannot be compared: ifid: projections is 4 there and 2 here"):
         compare(reports, out)
 
 
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"measures": ["smothness"]}, "measures=.'smothness'. must be among smoothness"),
+        ({"measures": ["smothness"]}, "measures=.'smothness'. must be one of smoothness"),
         ({"replaced_share": 0.0}, "replaced_share=0.0"),
         ({"max_samples": 4}, "max_samples=4 must be at least 8"),
         ({"resolution": 33}, "resolution=33 must be a multiple of f=2"),

@@ -35,10 +35,10 @@ from hf_vqgan.data.datasets import (
     load_batches,
     map_style_images,
 )
-from hf_vqgan.data.images import TrainingOptions, load_image_datasets
+from hf_vqgan.data.images import ImageOptions, TrainingOptions, load_image_datasets, open_images
 from hf_vqgan.data.streams import StreamedImages, load_image_stream
-from hf_vqgan.evaluation.comparison import EvaluationConfig, EvaluationImages
-from hf_vqgan.evaluation.latent_analysis import LatentAnalysisConfig, load_images
+from hf_vqgan.evaluation.latent_options import LatentAnalysisConfig
+from hf_vqgan.evaluation.latent_subject import load_images
 from hf_vqgan.files.documents import write_text
 from hf_vqgan.generation.encoded_dataset import EncodingConfig, encode_dataset
 from hf_vqgan.generation.samples import LatentSamples
@@ -89,8 +89,8 @@ def test_every_reader_shows_photographs_upright(portraits, tmp_path, trained_mod
         "stream of tars": next(load_batches(StreamedImages([stream], WHOLE), 1))["pixel_values"][0],
         "validation": ValidationImages(validation_images, WHOLE, whole=False, size_divisor=1)[0],
         "latent diffusion": LatentSamples(rows, WHOLE, "d")[0]["pixel_values"],
-        "evaluation": EvaluationImages(folder, 16, EvaluationConfig())[0]["pixels"] / 127.5 - 1,
-        "latent analysis": load_images(folder, LatentAnalysisConfig(), 16)[0][0],
+        "evaluation": open_images(ImageOptions(folder, resolution=16)).squares()[0].pixels / 127.5 - 1,
+        "latent analysis": load_images(folder, LatentAnalysisConfig(), 16).pixels[0],
         "playground": playground.fit_image(trained_model, Image.open(io.BytesIO(portrait_bytes())), 64)[0, :, 4:20],
     }
     assert {name for name, pixels in shown.items() if not is_upright(pixels)} == set()

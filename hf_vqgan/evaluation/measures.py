@@ -1,8 +1,8 @@
 """
 What is measured of originals and reconstructions, image by image, and kept until all processes have theirs.
 
-Figures are kept per image in float64 and added up at the end, so that neither the number of processes nor the batch size
-changes a mean. Fréchet distances come from sums over all images.
+Figures are kept per image in float64 and added up at the end, so that neither the number of processes nor the batch
+size changes a mean. Fréchet distances come from sums over all images.
 """
 
 import hashlib

@@ -174,9 +174,7 @@ class Evaluation:
         lines = [f"| | {' | '.join(title for title, _, _ in shown.values())} |", "|---" * (len(shown) + 1) + "|"]
         for title, report in zip(titles(reports), reports, strict=True):
             figures = report.figures()
-            cells = (
-                f"{figures[name]:.{digits}f}" if name in figures else "–" for name, (_, _, digits) in shown.items()
-            )
+            cells = [f"{figures[name]:.{row[2]}f}" if name in figures else "–" for name, row in shown.items()]
             lines.append(f"| {title} | {' | '.join(cells)} |")
         if note := self.protocol.split_note:
             lines += ["", f"Note: {note}"]

@@ -1,4 +1,4 @@
-"""How reconstructions were measured, as data: files hold its fields, and cards and tables the sentences made of them."""
+"""How reconstructions were measured: fields in files, of which cards and tables make sentences."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -43,7 +43,7 @@ class Protocol:
 
     def as_dict(self) -> dict:
         """For a JSON file: field by field."""
-        return dataclasses.asdict(self)
+        return dataclasses.asdict(self) | {"pixel_range": list(self.pixel_range)}  # as JSON has it
 
     def describe_images(self) -> str:
         """Which images, and how they were cut."""
