@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import image_bytes, photo, write_tar
-from datasets import Dataset, Features, Image, Value
+from datasets import Dataset, DatasetDict, Features, Image, Value
 from PIL import Image as PILImage
 
 from hf_vqgan.data.datasets import (
@@ -22,7 +22,7 @@ from hf_vqgan.data.datasets import (
     load_batches,
     map_style_images,
 )
-from hf_vqgan.data.images import TrainingOptions, load_image_datasets
+from hf_vqgan.data.images import ImageOptions, TrainingOptions, load_image_datasets, open_images
 
 
 def as_dataset(images) -> Dataset:
@@ -228,3 +228,43 @@ def test_wait_clock():
     time.sleep(0.09)
     assert 0.1 < clock.share() < 0.4
     assert list(clock) == [1, 2, 3] and clock.share() > 0.9
+
+
+def test_rows_keep_their_numbers_labels_and_names(tmp_path, caplog):
+    """Shuffled, in batches, in workers and among processes: what is unreadable takes no other row's label along."""
+    images = [b"?" if number % 5 == 2 else image_bytes(photo(number, (16, 12))) for number in range(20)]
+    rows = [{"bytes": content, "path": None} for content in images]
+    features = Features({"picture": Image(decode=False), "label": Value("int64")})
+    Dataset.from_dict({"picture": rows, "label": range(20)}, features=features).to_parquet(tmp_path / "test.parquet")
+    opened = open_images(ImageOptions(str(tmp_path), resolution=8, shuffle_seed=3, max_samples=15))
+    assert (len(opened), opened.split, opened.split_note) == (15, "test", None)
+    transform, found = ImageTransform(8, center_crop=True, random_flip=False), []
+    for rank in range(2):
+        for batch in opened.squares().batches(4, num_workers=rank, rank=rank, world_size=2):
+            found += batch.rows
+            for row, square in zip(batch.rows, batch.squares, strict=True):
+                number = opened.rows[row]["label"]
+                assert torch.equal(square, transform.central_square(photo(number, (16, 12))))
+    unreadable = [row for row in range(15) if opened.rows[row]["label"] % 5 == 2]
+    assert sorted(found + unreadable) == list(range(15)) and unreadable
+    for row in unreadable:
+        assert f"row {opened.rows[row]['label']}: " in caplog.text  # its place in the file, not among the shuffled
+
+
+def test_which_split_is_taken(tmp_path):
+    def only(*names: str) -> ImageOptions:
+        folder = tmp_path / "-".join(names)
+        for name in names:
+            (folder / name).mkdir(parents=True)
+            photo(0).save(folder / name / "0.png")
+        return ImageOptions(str(folder), resolution=8)
+
+    assert open_images(only("train", "test")).split == "test"
+    assert "these are images of 'train', its only split" in open_images(only("train")).split_note
+    features = Features({"image": Image(decode=False)})
+    several = DatasetDict({name: as_dataset([photo(0)]).cast(features) for name in ("first", "second")})
+    for name, rows in several.items():
+        (tmp_path / "named" / "data").mkdir(parents=True, exist_ok=True)
+        rows.to_parquet(tmp_path / "named" / "data" / f"{name}-00000-of-00001.parquet")
+    with pytest.raises(ValueError, match="no split 'validation' or 'test'.*name one of first, second with --split"):
+        open_images(ImageOptions(str(tmp_path / "named")))

@@ -338,9 +338,9 @@ def test_pushed_files_name_no_place_on_this_machine(hub, run, tmp_path):
     settings = yaml.safe_load((folder / "training_config.yaml").read_text())
     settings["dataset_name"] = str(tmp_path / "janedoe" / "photos")
     (folder / "training_config.yaml").write_text(yaml.safe_dump(settings))
-    images["measured_on"]["psnr, ssim, lpips, l1, validation_*"] = (
-        f"images of {settings['dataset_name']} (older versions)"
-    )
+    sentence = f"images of {settings['dataset_name']} (older versions)"
+    images["measured_on"] = {"psnr, ssim, lpips, l1, validation_*": sentence, "perplexity, usage": "the last steps"}
+    del images["protocol"]
     (folder / "metrics.json").write_text(json.dumps(images))
     protocol = {"dataset": settings["dataset_name"], "dataset_config": None, "split": "test", "dataset_commit": None,
                 "num_images": 2, "resolution": 32, "resize": 32, "crop": "center"}  # fmt: skip

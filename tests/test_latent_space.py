@@ -396,3 +396,34 @@ def test_what_cannot_work_is_said_before_anything_is_written(
         config = LatentAnalysisConfig(**small_analysis | changed)
         analyze(str(tmp_path / "model"), str(image_folder), config)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1, float("nan")])
+def test_latents_that_do_not_vary_are_an_error(tiny_model, image_folder, small_analysis, tmp_path, value):
+    """Channels of different constants have a standard deviation over all numbers, but nothing to divide by."""
+    with torch.no_grad():
+        tiny_model.quant_conv.weight.zero_()
+        tiny_model.quant_conv.bias.copy_(torch.arange(4.0) * 0.3 + value)
+    tiny_model.save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match="have the same value at every position"):
+        analyze(str(tmp_path / "model"), str(image_folder), LatentAnalysisConfig(**small_analysis))
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_only_split_is_said_to_be_it(tiny_model, image_folder, small_analysis, tmp_path, caplog):
+    """Train is no longer taken without a word."""
+    tiny_model.save_pretrained(tmp_path / "model")
+    config = LatentAnalysisConfig(**small_analysis | {"split": None}, measures=["dimension"])
+    report = analyze(str(tmp_path / "model"), str(image_folder / "train"), config)
+    note = "these are images of 'train', its only split"
+    assert note in caplog.text and note in report["split_note"] and note in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_every_figure_can_be_told_in_words(tiny_model, image_folder, small_analysis, tmp_path):
+    """Each measure's definition finds the settings it names in the measure's protocol."""
+    tiny_model.save_pretrained(tmp_path / "model")
+    config = LatentAnalysisConfig(**small_analysis, measures=["smoothness", "robustness", "codes", "equivariance"])
+    report = analyze(str(tmp_path / "model"), str(image_folder), config)
+    told = (tmp_path / "out" / "report.md").read_text().partition("## What was done")[2]
+    assert "- pfid: replaced 10% of the tokens, each by one of its 8 nearest codes; features: lpips_alex" in told
+    assert all(f"- {name}: " in told for name, entry in report.items() if isinstance(entry, dict) and "value" in entry)

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -179,7 +180,8 @@ def tally_images(
             made = contestant.reconstruct(pixels)
             tally.add(batch.rows, made, judges.compare(made.sample, pixels, features), judges.inception)
         timed = True
-    for tally in (originals, *tallies):
+    originals.gather(accelerator.device)
+    for tally in tallies:
         tally.gather(accelerator.device)
     if not originals.readable.any():
         raise ValueError(f"dataset {images.options.dataset_name!r}: not one of {len(images)} images can be read.")
@@ -192,7 +194,7 @@ def make_report(
     """The report of a contestant whose tally has been gathered."""
     readable = originals.readable.bool()
     figures = {name: values[readable] for name, values in tally.figures.items()}
-    means = {name: float(values.mean()) for name, values in figures.items()}
+    means: dict[str, Any] = {name: float(values.mean()) for name, values in figures.items()}
     count = int(readable.sum())
     report = EvaluationReport(
         name=contestant.name,
@@ -206,7 +208,7 @@ def make_report(
     if count > 1:
         report.standard_errors = {name: float(figures[name].std()) / count**0.5 for name in judges.names}
     if len(tally.counts):
-        report.perplexity = mean_perplexity(tally.counts, contestant.autoencoder.num_codebooks)
+        report.perplexity = mean_perplexity(tally.counts, contestant.num_codebooks)
         report.usage = float((tally.counts > 0).double().mean())
     if tally.moments is not None and count >= SCORE_PARTS:
         report.rfid = frechet_distance(originals.moments, tally.moments)

@@ -73,7 +73,8 @@ class ModelContestant:
     def __init__(self, autoencoder: Autoencoder, autocast: Callable[[], AbstractContextManager]):
         self.autoencoder, self.autocast = autoencoder, autocast
         self.name, self.kind = autoencoder.name, type(autoencoder.model).__name__
-        self.num_counts = (autoencoder.num_codebooks or 0) * (autoencoder.num_codes or 0)
+        self.num_codebooks = autoencoder.num_codebooks or 0
+        self.num_counts = self.num_codebooks * (autoencoder.num_codes or 0)
         self.speed: Speed | None = None
 
     def reconstruct(self, pixels: Tensor) -> Reconstruction:
@@ -107,7 +108,7 @@ class CodecContestant:
     """JPEG or WebP, each image at about `bits_per_pixel`."""
 
     figure_names = ("bits_per_pixel", "quality", "shrunk", "over_budget")
-    num_counts = 0
+    num_codebooks = num_counts = 0
     speed = None
 
     def __init__(self, codec: str, bits_per_pixel: float):

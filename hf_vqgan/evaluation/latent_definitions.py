@@ -25,8 +25,6 @@ PROBE = "logistic regression, 5 folds, {classes} classes with 5 images or more, 
 CODE_PAIRS = "pairs of {codes} used codes at one position of an image, distance in the codebook and "
 MOVES = {"scale": "half size", "flip": "mirrored", "rotation": "turned by 90°"}
 
-FEATURES = "features: {features}, images enlarged x{upscale}"
-
 # Sets of images whose distance from the originals is taken: `rfid` and `rkid`, ...
 SETS = {
     "r": "reconstructions",

@@ -104,8 +104,9 @@ def holes(subject: Subject) -> Measures:
 
 def robustness(subject: Subject) -> Measures:
     config, generator = subject.config, subject.generator()
-    codes, replaced = subject.codes, {"share": config.replaced_share, "neighbours": config.replaced_neighbours}
-    perturbed = replace_tokens(codes, subject.codebooks(), *replaced.values(), generator)
+    codes, share, neighbours = subject.codes, config.replaced_share, config.replaced_neighbours
+    replaced = {"share": share, "neighbours": neighbours}
+    perturbed = replace_tokens(codes, subject.codebooks(), share, neighbours, generator)
     before, after = subject.decode_indices(codes), subject.decode_indices(perturbed)
     found = means(subject, {"token_robustness": subject.batched(subject.perceptual, after, before)}, **replaced)
     found |= distances(subject, "p", after, **replaced)
