@@ -12,8 +12,8 @@ def test_a_protocol_comes_back_from_its_file_and_says_what_was_measured():
     content = json.loads(json.dumps(PROTOCOL.as_dict() | {"of a later version": 1}))
     assert Protocol.from_dict(content).as_dict() == PROTOCOL.as_dict()
     assert measured_on({"protocol": content}, "psnr") == (
-        "24 image(s) of photos, split test (shorter side to 80 pixels, the central 64x64), pixels clamped and mapped to "
-        "[0, 1], mean over images; LPIPS v0.1 vgg"
+        "24 image(s) of photos, split test (shorter side to 80 pixels, the central 64x64), pixels clamped and mapped "
+        "to [0, 1], mean over images; LPIPS v0.1 vgg"
     )
     assert measured_on({"protocol": content}, "usage") == (
         "codes of the training crops of the last 100 steps (25,600 positions); usage is the share of codes hit at "
