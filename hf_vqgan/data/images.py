@@ -225,24 +225,12 @@ class CentralSquares(torch.utils.data.Dataset):
                     logger.warning("left out an unreadable image: %s", square.error)
             readable = [square for square in squares if square.error is None]
             if readable:
-                yield join_squares(readable)
+                rows, pixels, enlarged = zip(*((one.row, one.pixels, one.enlarged) for one in readable), strict=True)
+                yield SquareBatch(list(rows), torch.stack(pixels), list(enlarged))
 
     def read_all(self) -> SquareBatch | None:
         """All that can be read, at once; `None` if nothing can."""
-        parts = list(self.batches(64))
-        if not parts:
-            return None
-        rows = [row for part in parts for row in part.rows]
-        enlarged = [one for part in parts for one in part.enlarged]
-        return SquareBatch(rows, torch.cat([part.squares for part in parts]), enlarged)
-
-
-def join_squares(squares: list[Square]) -> SquareBatch:
-    return SquareBatch(
-        [square.row for square in squares],
-        torch.stack([square.pixels for square in squares]),
-        [square.enlarged for square in squares],
-    )
+        return next(self.batches(len(self)), None)
 
 
 def open_images(options: ImageOptions) -> SplitImages:
