@@ -225,8 +225,8 @@ class CentralSquares(torch.utils.data.Dataset):
                     logger.warning("left out an unreadable image: %s", square.error)
             readable = [square for square in squares if square.error is None]
             if readable:
-                rows, pixels, enlarged = zip(*((one.row, one.pixels, one.enlarged) for one in readable), strict=True)
-                yield SquareBatch(list(rows), torch.stack(pixels), list(enlarged))
+                numbers, pixels, enlarged = zip(*((one.row, one.pixels, one.enlarged) for one in readable), strict=True)
+                yield SquareBatch(list(numbers), torch.stack(pixels), list(enlarged))
 
     def read_all(self) -> SquareBatch | None:
         """All that can be read, at once; `None` if nothing can."""
