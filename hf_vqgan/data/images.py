@@ -4,7 +4,7 @@ The door to images: which rows of which dataset, and their central squares.
     images = open_images(ImageOptions("user/photos", resolution=256, max_samples=1000))
     for batch in images.squares().batches(16):
         batch.pixels  # (B, 3, 256, 256) in [-1, 1], upright; unreadable ones are left out, with a warning
-        batch.rows    # where they are among the rows, for images.rows and images.classes(...)
+        batch.rows    # where they are among the rows, for images.rows and read_classes(images.rows, "label")
 """
 
 import dataclasses

@@ -49,7 +49,7 @@ def save_pictures(subject: Subject, folder: Path) -> None:
 def measures_of(report: dict) -> dict[str, Measure]:
     measures = {name: entry for name, entry in report.items() if isinstance(entry, dict) and "value" in entry}
     for name, entry in measures.items():
-        if isinstance(entry["protocol"], str):  # up to version 0.1, a sentence
+        if isinstance(entry["protocol"], str):  # of an earlier version: a sentence
             measures[name] = entry | {"protocol": {"id": entry["protocol"]}}
     return {name: Measure(**entry) for name, entry in measures.items()}
 

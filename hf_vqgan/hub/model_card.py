@@ -141,7 +141,7 @@ def make_model_card(
 
 
 def measured_on(metrics: dict, figure: str) -> str:
-    """What a figure of a metrics.json was measured on. Up to version 0.1, the file held that sentence itself."""
+    """What a figure of a metrics.json was measured on. Earlier versions wrote that sentence itself."""
     of_codes = figure in ("perplexity", "usage")
     if "measured_on" in metrics:
         return metrics["measured_on"]["perplexity, usage" if of_codes else "psnr, ssim, lpips, l1, validation_*"]
