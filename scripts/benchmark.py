@@ -16,7 +16,6 @@ Machines are noisy: compare within a run, never across runs. Results: docs/perfo
 
 import argparse
 import dataclasses
-import functools
 import json
 import os
 import warnings
@@ -26,7 +25,7 @@ import torch
 from benchmarks import lookup_speed, speed
 from benchmarks.speed import Setting, in_fresh_process
 
-from hf_vqgan.evaluation.latent_analysis import LatentAnalysisConfig, load_images
+from hf_vqgan.data.images import ImageOptions, open_images
 from hf_vqgan.training.arguments import errors_in_one_line
 
 PRECISIONS = {"no": "fp32", "bf16": "bf16"}
@@ -112,9 +111,11 @@ def quality(arguments: argparse.Namespace) -> list[dict]:
     print_head("setting", "seed", "LPIPS to reach", "two passes: seconds", "ours: seconds", "times sooner")
     rows = []
     for label, setting in settings(arguments):
-        load = functools.partial(load_images, arguments.dataset_name, resolution=setting.resolution)
-        images, _, _ = load(config=LatentAnalysisConfig(split="train", max_samples=4096))
-        validation, _, _ = load(config=LatentAnalysisConfig(max_samples=64))
+        options = ImageOptions(arguments.dataset_name, resolution=setting.resolution, shuffle_seed=0)
+        images, validation = (
+            open_images(dataclasses.replace(options, split=split, max_samples=count)).squares().read_all().pixels
+            for split, count in (("train", 4096), (None, 64))
+        )
         every = max(1, arguments.steps // 20)
         for seed in range(arguments.seeds):
             setting = dataclasses.replace(setting, seed=seed)

@@ -20,7 +20,8 @@ from matplotlib.figure import Figure
 from transformers import HfArgumentParser
 
 from hf_vqgan import VQGANConfig
-from hf_vqgan.data.datasets import ImageTransform, TrainingImages, load_image_datasets
+from hf_vqgan.data.datasets import ImageTransform, TrainingImages
+from hf_vqgan.data.images import TrainingOptions, load_image_datasets
 from hf_vqgan.training.arguments import errors_in_one_line
 from hf_vqgan.training.configuration import VQGANTrainingConfig
 from hf_vqgan.training.tokenizer import train
@@ -72,7 +73,7 @@ def local_content_perplexity(arguments: StudyArguments, patch: int = 12, images:
     A yardstick, not a bound: an encoder whose receptive field is larger may give the same background different codes,
     depending on what is near. The bound is K, or the number of positions if that is smaller.
     """
-    train_images, _ = load_image_datasets(arguments.dataset_name, seed=arguments.seed)
+    train_images, _ = load_image_datasets(TrainingOptions(arguments.dataset_name, seed=arguments.seed))
     dataset = TrainingImages(train_images, ImageTransform(arguments.resolution, 0, random_flip=False))
     windows: Counter = Counter()
     for number in range(min(images, len(dataset))):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import image_bytes, photo, write_tar
-from datasets import Dataset, Features, Image, Value
+from datasets import Dataset, DatasetDict, Features, Image, Value
 from PIL import Image as PILImage
 
 from hf_vqgan.data.datasets import (
@@ -19,11 +19,11 @@ from hf_vqgan.data.datasets import (
     ValidationImages,
     WaitClock,
     load_batches,
-    load_image_datasets,
     map_style_images,
     shuffled_epochs,
     take_batches,
 )
+from hf_vqgan.data.images import ImageOptions, TrainingOptions, load_image_datasets, open_images
 
 
 def as_dataset(images) -> Dataset:
@@ -33,7 +33,7 @@ def as_dataset(images) -> Dataset:
 
 
 def test_image_folder_and_its_splits(image_folder):
-    train, validation = load_image_datasets(str(image_folder))
+    train, validation = load_image_datasets(TrainingOptions(str(image_folder)))
     assert (len(train), len(validation)) == (12, 2)
     assert train.column_names == ["image"]
 
@@ -42,14 +42,14 @@ def test_parquet_with_other_columns_and_names(tmp_path):
     rows = as_dataset([photo(i) for i in range(10)]).rename_column("image", "picture")
     rows = rows.add_column("label", list(range(10)))
     rows.to_parquet(tmp_path / "train.parquet")
-    train, validation = load_image_datasets(str(tmp_path))
+    train, validation = load_image_datasets(TrainingOptions(str(tmp_path)))
     assert (len(train), len(validation)) == (9, 1)  # no validation split: a tenth is held out
-    train, _ = load_image_datasets(str(tmp_path), image_column="picture", max_train_samples=4)
+    train, _ = load_image_datasets(TrainingOptions(str(tmp_path), image_column="picture", max_train_samples=4))
     assert len(train) == 4
     with pytest.raises(ValueError, match="'label' is not an image column; image columns: picture"):
-        load_image_datasets(str(tmp_path), image_column="label")
+        load_image_datasets(TrainingOptions(str(tmp_path), image_column="label"))
     with pytest.raises(ValueError, match="no split 'validate'; it has train"):
-        load_image_datasets(str(tmp_path), validation_split="validate")
+        load_image_datasets(TrainingOptions(str(tmp_path), validation_split="validate"))
 
 
 def test_dataset_without_images(tmp_path):
@@ -57,24 +57,26 @@ def test_dataset_without_images(tmp_path):
         tmp_path / "t.parquet"
     )
     with pytest.raises(ValueError, match="no image columns; its columns are text"):
-        load_image_datasets(str(tmp_path))
+        load_image_datasets(TrainingOptions(str(tmp_path)))
 
 
 def test_empty_split(tmp_path):
     as_dataset([photo(0)]).to_parquet(tmp_path / "train.parquet")
     as_dataset([photo(0)]).select([]).to_parquet(tmp_path / "test.parquet")
     with pytest.raises(ValueError, match="has an empty split.*test"):
-        load_image_datasets(str(tmp_path), validation_split="test")
+        load_image_datasets(TrainingOptions(str(tmp_path), validation_split="test"))
 
 
 def test_images_inside_a_package():
     pytest.importorskip("skimage")
     train, validation = load_image_datasets(
-        "package:skimage/data", train_files=["coffee.png", "rocket.jpg"], validation_files=["chelsea.png"]
+        TrainingOptions(
+            "package:skimage/data", train_files=["coffee.png", "rocket.jpg"], validation_files=["chelsea.png"]
+        )
     )
     assert (len(train), len(validation)) == (2, 1)
     with pytest.raises(FileNotFoundError, match="'no_such_package' is not installed"):
-        load_image_datasets("package:no_such_package/data")
+        load_image_datasets(TrainingOptions("package:no_such_package/data"))
 
 
 def test_everything_random_is_a_function_of_seed_and_number():
@@ -140,12 +142,12 @@ def test_webdataset_tars(tmp_path):
     for shard in range(2):
         write_tar(tmp_path / f"{shard}.tar", [image_bytes(photo(10 * shard + n), "JPEG") for n in range(10)])
     for name in (tmp_path, tmp_path / "*.tar"):
-        train, validation = load_image_datasets(str(name), cache_dir=str(tmp_path / "cache"))
+        train, validation = load_image_datasets(TrainingOptions(str(name), cache_dir=str(tmp_path / "cache")))
         assert (len(train), len(validation)) == (18, 2) and train.column_names == ["image"]
         assert next(iter(load_batches(TrainingImages(train, ImageTransform(16)), 18)))["unreadable"].sum() == 0
     assert (tmp_path / "cache").is_dir()
     with pytest.raises(ValueError, match="names files: it takes no train_files"):
-        load_image_datasets(str(tmp_path / "*.tar"), train_files=["0.tar"])
+        load_image_datasets(TrainingOptions(str(tmp_path / "*.tar"), train_files=["0.tar"]))
 
 
 def test_processes_share_the_batches_of_one():
@@ -210,7 +212,7 @@ def test_without_weights_an_epoch_covers_every_image_of_every_dataset():
 
 def test_unreadable_images_are_counted_exactly(broken_folder):
     """100 of 1,000, some of them neighbours: the same count for any number of processes."""
-    images, _ = load_image_datasets(str(broken_folder / "images"))
+    images, _ = load_image_datasets(TrainingOptions(str(broken_folder / "images")))
     dataset = TrainingImages(images, ImageTransform(8))
     for world_size in (1, 2):
         batches = [load_batches(dataset, 50, 0, 20, rank, world_size) for rank in range(world_size)]
@@ -228,3 +230,43 @@ def test_wait_clock():
     time.sleep(0.09)
     assert 0.1 < clock.share() < 0.4
     assert list(clock) == [1, 2, 3] and clock.share() > 0.9
+
+
+def test_rows_keep_their_numbers_labels_and_names(tmp_path, caplog):
+    """Shuffled, in batches, in workers and among processes: what is unreadable takes no other row's label along."""
+    images = [b"?" if number % 5 == 2 else image_bytes(photo(number, (16, 12))) for number in range(20)]
+    rows = [{"bytes": content, "path": None} for content in images]
+    features = Features({"picture": Image(decode=False), "label": Value("int64")})
+    Dataset.from_dict({"picture": rows, "label": range(20)}, features=features).to_parquet(tmp_path / "test.parquet")
+    opened = open_images(ImageOptions(str(tmp_path), resolution=8, shuffle_seed=3, max_samples=15))
+    assert (len(opened), opened.split, opened.split_note) == (15, "test", None)
+    transform, found = ImageTransform(8, center_crop=True, random_flip=False), []
+    for rank in range(2):
+        for batch in opened.squares().batches(4, num_workers=rank, rank=rank, world_size=2):
+            found += batch.rows
+            for row, square in zip(batch.rows, batch.squares, strict=True):
+                number = opened.rows[row]["label"]
+                assert torch.equal(square, transform.central_square(photo(number, (16, 12))))
+    unreadable = [row for row in range(15) if opened.rows[row]["label"] % 5 == 2]
+    assert sorted(found + unreadable) == list(range(15)) and unreadable
+    for row in unreadable:
+        assert f"row {opened.rows[row]['label']}: " in caplog.text  # its place in the file, not among the shuffled
+
+
+def test_which_split_is_taken(tmp_path):
+    def only(*names: str) -> ImageOptions:
+        folder = tmp_path / "-".join(names)
+        for name in names:
+            (folder / name).mkdir(parents=True)
+            photo(0).save(folder / name / "0.png")
+        return ImageOptions(str(folder), resolution=8)
+
+    assert open_images(only("train", "test")).split == "test"
+    assert "these are images of 'train', its only split" in open_images(only("train")).split_note
+    features = Features({"image": Image(decode=False)})
+    several = DatasetDict({name: as_dataset([photo(0)]).cast(features) for name in ("first", "second")})
+    for name, rows in several.items():
+        (tmp_path / "named" / "data").mkdir(parents=True, exist_ok=True)
+        rows.to_parquet(tmp_path / "named" / "data" / f"{name}-00000-of-00001.parquet")
+    with pytest.raises(ValueError, match="no split 'validation' or 'test'.*name one of first, second with --split"):
+        open_images(ImageOptions(str(tmp_path / "named")))

@@ -14,8 +14,9 @@ from torch_fidelity.metric_isc import isc_features_to_metric
 
 from hf_vqgan import VQGANModel
 from hf_vqgan.evaluation.autoencoders import load_autoencoder
-from hf_vqgan.evaluation.comparison import EvaluationConfig, evaluate, peak_memory
+from hf_vqgan.evaluation.comparison import EvaluationConfig, evaluate
 from hf_vqgan.evaluation.image_codecs import encode_near, payload_bytes
+from hf_vqgan.evaluation.timing import peak_memory
 from hf_vqgan.losses.image_losses import LPIPS
 from hf_vqgan.measurement import metrics
 from hf_vqgan.measurement.frechet import FeatureMoments, InceptionFeatures, frechet_distance, inception_score, to_bytes

@@ -341,12 +341,12 @@ def test_pushed_files_name_no_place_on_this_machine(hub, run, tmp_path):
     settings = yaml.safe_load((folder / "training_config.yaml").read_text())
     settings["dataset_name"] = str(tmp_path / "janedoe" / "photos")
     (folder / "training_config.yaml").write_text(yaml.safe_dump(settings))
-    images["measured_on"]["psnr, ssim, lpips, l1, validation_*"] = (
-        f"images of {settings['dataset_name']} (older versions)"
-    )
+    sentence = f"images of {settings['dataset_name']} (older versions)"
+    images["measured_on"] = {"psnr, ssim, lpips, l1, validation_*": sentence, "perplexity, usage": "the last steps"}
+    del images["protocol"]
     (folder / "metrics.json").write_text(json.dumps(images))
     protocol = {"dataset": settings["dataset_name"], "dataset_config": None, "split": "test", "dataset_commit": None,
-                "num_images": 2, "resolution": 32, "resize": 32, "crop": "centre"}  # fmt: skip
+                "num_images": 2, "resolution": 32, "resize": 32, "crop": "center"}  # fmt: skip
     evaluation = {"psnr": 9.0, "protocol": protocol, "models": [{"name": str(folder)}], "skipped": {}}
     (folder / "evaluation.json").write_text(json.dumps(evaluation))
     (tmp_path / "janedoe" / "photos").mkdir()
@@ -458,9 +458,10 @@ for kind in ("files", "tars"):
     hub.run(make, tmp_path / "writer")
     read = """
 from hf_vqgan.data.datasets import ImageTransform, load_batches
+from hf_vqgan.data.images import TrainingOptions
 from hf_vqgan.data.streams import StreamedImages, load_image_stream
 for kind in ("parquet", "files", "tars"):
-    shards, validation = load_image_stream(f"user/{kind}", validation_size=2)
+    shards, validation = load_image_stream(TrainingOptions(f"user/{kind}", validation_size=2))
     stream = StreamedImages([shards], ImageTransform(16, center_crop=True, random_flip=False))
     batch = next(load_batches(stream, 6, num_workers=1))
     images = sorted(round(image.double().sum().item(), 3) for image in batch["pixel_values"])

@@ -9,8 +9,8 @@ from conftest import TINY
 from diffusers import AutoencoderKL
 
 from hf_vqgan import VQGANConfig, VQGANModel
-from hf_vqgan.evaluation.latent_analysis import GROUPS, LatentAnalysisConfig
-from hf_vqgan.evaluation.latent_report import analyze, analyze_and_compare, compare, read_report
+from hf_vqgan.evaluation.latent_analysis import GROUPS, LatentAnalysisConfig, analyze, analyze_and_compare
+from hf_vqgan.evaluation.latent_report import compare, read_report
 from hf_vqgan.measurement.latent_space import (
     TRANSFORMS,
     PixelDistance,
@@ -333,7 +333,7 @@ def test_analysis_leaves_figures_and_pictures(tiny_model, image_folder, small_an
               "latent_high_frequency_share", "diffusion_loss", "gfid")  # fmt: skip
     assert not set(wanted) - figures.keys()
     assert report["skipped"] == {"probe": "there are no two classes with five images each: more --max_samples"}
-    assert report["settings"]["feature_extractor"].startswith("LPIPS alex")
+    assert report["settings"]["feature_extractor"] == "lpips_alex"
     # The model's own scaling factors are as before the diffusion was trained.
     assert VQGANModel.from_pretrained(tmp_path / "model").config.scaling_factor == 0.8
 
@@ -364,21 +364,21 @@ def test_models_of_every_kind_are_compared(image_folder, small_analysis, tmp_pat
     table = (out / "comparison.md").read_text()
     assert "| ifid | lower |" in table and "Not of all models:" in table and "pfid" in table.splitlines()[-1]
 
-    reports["kl"]["settings"]["feature_extractor"] = "Inception"
+    reports["kl"]["settings"]["feature_extractor"] = "inception"
     with pytest.raises(
-        ValueError, match="residual and kl cannot be compared: feature_extractor is 'LPIPS.*'Inception'"
+        ValueError, match="residual and kl cannot be compared: feature_extractor is 'lpips_alex' there and 'inception'"
     ):
         compare(reports, out)
     reports["kl"]["settings"] = reports["residual"]["settings"]
-    reports["kl"]["ifid"]["protocol"] = "another"
-    with pytest.raises(ValueError, match="cannot be compared: ifid is 'nearest.*'another'"):
+    reports["kl"]["ifid"]["protocol"]["projections"] = 2
+    with pytest.raises(ValueError, match="cannot be compared: ifid: projections is 4 there and 2 here"):
         compare(reports, out)
 
 
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"measures": ["smothness"]}, "measures=.'smothness'. must be among smoothness"),
+        ({"measures": ["smothness"]}, "measures=.'smothness'. must be one of smoothness"),
         ({"replaced_share": 0.0}, "replaced_share=0.0"),
         ({"max_samples": 4}, "max_samples=4 must be at least 8"),
         ({"resolution": 33}, "resolution=33 must be a multiple of f=2"),
@@ -396,3 +396,34 @@ def test_what_cannot_work_is_said_before_anything_is_written(
         config = LatentAnalysisConfig(**small_analysis | changed)
         analyze(str(tmp_path / "model"), str(image_folder), config)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1, float("nan")])
+def test_latents_that_do_not_vary_are_an_error(tiny_model, image_folder, small_analysis, tmp_path, value):
+    """Channels of different constants have a standard deviation over all numbers, but nothing to divide by."""
+    with torch.no_grad():
+        tiny_model.quant_conv.weight.zero_()
+        tiny_model.quant_conv.bias.copy_(torch.arange(4.0) * 0.3 + value)
+    tiny_model.save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match="have the same value at every position"):
+        analyze(str(tmp_path / "model"), str(image_folder), LatentAnalysisConfig(**small_analysis))
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_only_split_is_said_to_be_it(tiny_model, image_folder, small_analysis, tmp_path, caplog):
+    """Train is no longer taken without a word."""
+    tiny_model.save_pretrained(tmp_path / "model")
+    config = LatentAnalysisConfig(**small_analysis | {"split": None}, measures=["dimension"])
+    report = analyze(str(tmp_path / "model"), str(image_folder / "train"), config)
+    note = "these are images of 'train', its only split"
+    assert note in caplog.text and note in report["split_note"] and note in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_every_figure_can_be_told_in_words(tiny_model, image_folder, small_analysis, tmp_path):
+    """Each measure's definition finds the settings it names in the measure's protocol."""
+    tiny_model.save_pretrained(tmp_path / "model")
+    config = LatentAnalysisConfig(**small_analysis, measures=["smoothness", "robustness", "codes", "equivariance"])
+    report = analyze(str(tmp_path / "model"), str(image_folder), config)
+    told = (tmp_path / "out" / "report.md").read_text().partition("## What was done")[2]
+    assert "- pfid: replaced 10% of the tokens, each by one of its 8 nearest codes; features: lpips_alex" in told
+    assert all(f"- {name}: " in told for name, entry in report.items() if isinstance(entry, dict) and "value" in entry)

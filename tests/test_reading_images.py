@@ -33,12 +33,12 @@ from hf_vqgan.data.datasets import (
     decode_image,
     default_num_workers,
     load_batches,
-    load_image_datasets,
     map_style_images,
 )
+from hf_vqgan.data.images import ImageOptions, TrainingOptions, load_image_datasets, open_images
 from hf_vqgan.data.streams import StreamedImages, load_image_stream
-from hf_vqgan.evaluation.comparison import EvaluationConfig, EvaluationImages
-from hf_vqgan.evaluation.latent_analysis import LatentAnalysisConfig, load_images
+from hf_vqgan.evaluation.latent_options import LatentAnalysisConfig
+from hf_vqgan.evaluation.latent_subject import load_images
 from hf_vqgan.files.documents import write_text
 from hf_vqgan.generation.encoded_dataset import EncodingConfig, encode_dataset
 from hf_vqgan.generation.samples import LatentSamples
@@ -81,16 +81,16 @@ def is_upright(pixels: torch.Tensor) -> bool:
 
 def test_every_reader_shows_photographs_upright(portraits, tmp_path, trained_model):
     folder = str(portraits / "images")
-    train_images, validation_images = load_image_datasets(folder)
+    train_images, validation_images = load_image_datasets(TrainingOptions(folder))
     rows = datasets.load_dataset(folder, split="train")
-    stream, _ = load_image_stream(str(portraits / "tars"), validation_size=2)
+    stream, _ = load_image_stream(TrainingOptions(str(portraits / "tars"), validation_size=2))
     shown = {
         "training": TrainingImages(train_images, WHOLE)[0]["pixel_values"],
         "stream of tars": next(load_batches(StreamedImages([stream], WHOLE), 1))["pixel_values"][0],
         "validation": ValidationImages(validation_images, WHOLE, whole=False, size_divisor=1)[0],
         "latent diffusion": LatentSamples(rows, WHOLE, "d")[0]["pixel_values"],
-        "evaluation": EvaluationImages(folder, 16, EvaluationConfig())[0]["pixels"] / 127.5 - 1,
-        "latent analysis": load_images(folder, LatentAnalysisConfig(), 16)[0][0],
+        "evaluation": open_images(ImageOptions(folder, resolution=16)).squares()[0].pixels / 127.5 - 1,
+        "latent analysis": load_images(folder, LatentAnalysisConfig(), 16).pixels[0],
         "playground": playground.fit_image(trained_model, Image.open(io.BytesIO(portrait_bytes())), 64)[0, :, 4:20],
     }
     assert {name for name, pixels in shown.items() if not is_upright(pixels)} == set()
@@ -187,7 +187,7 @@ def test_each_unreadable_image_of_a_stream_has_one_name(tmp_path, groups):
     good, bad = image_bytes(photo(0), "JPEG"), b"?"
     write_tar(tmp_path / "a.tar", [bad, good, good, bad, good, good])
     write_tar(tmp_path / "b.tar", [good, good, good, bad, good, good])
-    shards, validation = load_image_stream(str(tmp_path), validation_size=1)
+    shards, validation = load_image_stream(TrainingOptions(str(tmp_path), validation_size=1))
     assert len(validation) == 1  # the first, a broken one
     stream = StreamedImages([shards], ImageTransform(16), buffer_size=3, shard_groups=groups)
     batches = load_batches(stream, 4, stop=12, num_workers=1)
@@ -328,8 +328,8 @@ def test_files_are_synced_through_descriptors_that_may_write(tmp_path, monkeypat
 def test_what_a_spawned_worker_needs_can_be_sent(tmp_path, monkeypatch):
     """How workers start on macOS and Windows."""
     write_tar(tmp_path / "0.tar", [image_bytes(photo(n), "JPEG") for n in range(6)])
-    images, _ = load_image_datasets(str(tmp_path))
-    shards, _ = load_image_stream(str(tmp_path), validation_size=1)
+    images, _ = load_image_datasets(TrainingOptions(str(tmp_path)))
+    shards, _ = load_image_stream(TrainingOptions(str(tmp_path), validation_size=1))
     sent = []
     loader = lambda *data, **settings: sent.append((data, settings)) or []  # noqa: E731
     monkeypatch.setattr("hf_vqgan.data.datasets.DataLoader", loader)

@@ -6,7 +6,7 @@ from hub_server import LoopbackHub
 
 from hf_vqgan.app.playground import load_model
 from hf_vqgan.conversion.convert import load_original
-from hf_vqgan.data.datasets import load_splits
+from hf_vqgan.data.images import load_splits
 from hf_vqgan.evaluation.autoencoders import load_autoencoder
 from hf_vqgan.files.sources import HTTPError, check_source
 from hf_vqgan.generation.encoded_dataset import EncodingConfig, encode_dataset

@@ -10,6 +10,7 @@ from test_training import run_config, stop_after
 
 from hf_vqgan import VQGANConfig, VQGANModel
 from hf_vqgan.data.datasets import ImageTransform, UnreadableImage, load_batches
+from hf_vqgan.data.images import TrainingOptions
 from hf_vqgan.data.streams import ShuffledShards, StreamedImages, load_image_stream, read_ahead
 from hf_vqgan.training.tokenizer import train
 
@@ -52,7 +53,7 @@ def shards(tmp_path):
     for number, (first, count) in enumerate(((0, 12), (12, 3), (15, 19), (34, 1))):
         as_dataset(flat_images(count, first)).to_parquet(tmp_path / f"train-{number}.parquet")
     as_dataset([photo(0)]).to_parquet(tmp_path / "test.parquet")
-    return load_image_stream(str(tmp_path))[0]
+    return load_image_stream(TrainingOptions(str(tmp_path)))[0]
 
 
 @pytest.mark.parametrize("buffer_size", [1, 7, 100])
@@ -140,7 +141,7 @@ def test_streams_are_mixed_by_weight():
 @pytest.mark.parametrize("kind", ["images", "tars"])
 def test_unreadable_images_of_a_stream_are_counted_exactly(broken_folder, kind):
     """100 of 1,000 in a pass, for one process and for two, which also see the same replacements."""
-    shards, validation = load_image_stream(str(broken_folder / kind))
+    shards, validation = load_image_stream(TrainingOptions(str(broken_folder / kind)))
     assert len(validation) == 1
     pixels = []
     for world_size in (1, 2):
@@ -161,15 +162,15 @@ def test_too_many_unreadable_images_in_a_row():
 def test_held_out_and_limited_images(tmp_path):
     for shard in range(2):
         write_tar(tmp_path / f"{shard}.tar", flat_images(5, 5 * shard))
-    shards, validation = load_image_stream(str(tmp_path), validation_size=7)
+    shards, validation = load_image_stream(TrainingOptions(str(tmp_path), validation_size=7))
     assert len(validation) == 7
     assert sorted(values(load_batches(StreamedImages([shards], PLAIN), 3, stop=1))) == [7, 8, 9]
-    limited, _ = load_image_stream(str(tmp_path / "*.tar"), validation_size=2, max_train_samples=4)
+    limited, _ = load_image_stream(TrainingOptions(str(tmp_path / "*.tar"), validation_size=2, max_train_samples=4))
     assert sorted(values(load_batches(StreamedImages([limited], PLAIN), 4, stop=1))) == [2, 3, 4, 5]
     with pytest.raises(ValueError, match="has no image to train on"):
-        load_image_stream(str(tmp_path))
+        load_image_stream(TrainingOptions(str(tmp_path)))
     with pytest.raises(ValueError, match="'cls' is not an image column; image columns: jpg"):
-        load_image_stream(str(tmp_path), image_column="cls")
+        load_image_stream(TrainingOptions(str(tmp_path), image_column="cls"))
 
 
 def test_read_ahead_passes_errors_on_and_ends_with_its_reader():

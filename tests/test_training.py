@@ -22,7 +22,8 @@ from safetensors.torch import load_file
 import hf_vqgan
 from hf_vqgan import QUANTIZERS, VQGANConfig, VQGANModel
 from hf_vqgan.configuration_vqgan import model_fields
-from hf_vqgan.data.datasets import ImageTransform, TrainingImages, load_image_datasets, notices
+from hf_vqgan.data.datasets import ImageTransform, TrainingImages, notices
+from hf_vqgan.data.images import TrainingOptions, load_image_datasets
 from hf_vqgan.evaluation.comparison import EvaluationConfig, evaluate
 from hf_vqgan.measurement.metrics import CodebookHealth, DiscriminatorHealth
 from hf_vqgan.training.arguments import ModelArguments, RecipeParser, given
@@ -68,7 +69,7 @@ def test_what_a_run_leaves_behind(image_folder, random_trunk, tmp_path, tiny):
     folder = tmp_path / "run"
     metrics = train(run_config(image_folder, random_trunk, folder), tiny)
     assert json.loads((folder / "metrics.json").read_text()) == metrics
-    assert {"psnr", "ssim", "lpips", "perplexity", "usage", "seconds", "measured_on"} <= metrics.keys()
+    assert {"psnr", "ssim", "lpips", "perplexity", "usage", "seconds", "protocol"} <= metrics.keys()
     assert metrics["steps"] == 6 and metrics["num_images"] == 2
     names = {file.name for file in folder.iterdir() if file.suffix != ".py"}  # the code travels with the model
     assert names == {
@@ -93,7 +94,7 @@ def test_scaling_factor_gives_unit_variance(image_folder, random_trunk, tmp_path
     config = dataclasses.replace(config, center_crop=True, latent_statistics_images=12)  # each image once
     metrics = train(config, tiny)
     assert (tiny.scaling_factor, tiny.shift_factor) == (1.0, 0.0)
-    images, _ = load_image_datasets(config.dataset_name)
+    images, _ = load_image_datasets(TrainingOptions(config.dataset_name))
     crops = TrainingImages(images, ImageTransform(32, 40, center_crop=True, random_flip=False))
     model = VQGANModel.from_pretrained(tmp_path / "run")
     with torch.no_grad():

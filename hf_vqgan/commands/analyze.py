@@ -13,8 +13,8 @@ Leaves latent_space.json, report.md and pictures in output_dir. What each figure
 
 import datasets
 
-from ..evaluation.latent_analysis import LatentAnalysisConfig
-from ..evaluation.latent_report import analyze_and_compare
+from ..evaluation.latent_analysis import analyze_and_compare
+from ..evaluation.latent_options import LatentAnalysisConfig
 from ..training.arguments import RecipeParser, errors_in_one_line
 
 

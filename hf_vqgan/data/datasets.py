@@ -1,8 +1,6 @@
-"""From a dataset on the Hub or on disk to batches of pixel_values in [-1, 1]."""
+"""From undecoded images to pixel_values in [-1, 1]: decoding, cutting, and the batches of training sets."""
 
 import bisect
-import glob
-import importlib.util
 import io
 import itertools
 import logging
@@ -13,7 +11,6 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import datasets
@@ -23,190 +20,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 from torchvision.transforms import v2
 
-from ..files.sources import check_source
 from ..image_processing_vqgan import check_aspect_ratio, crop_to_multiple, to_rgb
 
 logger = logging.getLogger(__name__)
-
-PACKAGE_PREFIX = "package:"
-
-# Patterns of files that `datasets` reads with a builder of this name.
-FILE_BUILDERS = {".tar": "webdataset", ".parquet": "parquet"}
-
-
-def find_image_folder(name: str) -> str:
-    """
-    Resolve `package:NAME/FOLDER`, images that ship inside an installed Python package, to their folder on disk.
-
-    Raises:
-        FileNotFoundError: if the package is not installed or has no such folder.
-    """
-    package, _, folder = name.removeprefix(PACKAGE_PREFIX).partition("/")
-    spec = importlib.util.find_spec(package)
-    if spec is None or not spec.submodule_search_locations:
-        raise FileNotFoundError(
-            f"dataset {name!r}: the package {package!r} is not installed. For the quickstart's photographs, run "
-            "`pip install scikit-image`, or install hf_vqgan with its extra [quickstart]."
-        )
-    path = Path(spec.submodule_search_locations[0]) / folder
-    if not path.is_dir():
-        raise FileNotFoundError(f"dataset {name!r}: {path} is not a folder.")
-    return str(path)
-
-
-def load_image_datasets(
-    dataset_name: str,
-    *,
-    dataset_config_name: str | None = None,
-    train_split: str = "train",
-    validation_split: str | None = None,
-    validation_size: int = 64,
-    train_files: list[str] | None = None,
-    validation_files: list[str] | None = None,
-    image_column: str | None = None,
-    max_train_samples: int | None = None,
-    max_validation_samples: int | None = None,
-    cache_dir: str | None = None,
-    revision: str | None = None,
-    seed: int = 0,
-) -> tuple[datasets.Dataset, datasets.Dataset]:
-    """
-    The train and validation images, as datasets with one column `image` of undecoded files.
-
-    Args:
-        dataset_name (`str`): A Hub id; a local path that `datasets.load_dataset` reads (parquet, imagefolder, a folder
-            of webdataset tars, ...); a pattern of parquet or tar files (`shards/*.tar`); or `package:NAME/FOLDER`,
-            images inside an installed Python package.
-        validation_split (`str`, *optional*): `None` takes `validation`, else `test`, else holds out `validation_size`
-            images (at most a tenth) of the train split at random.
-        train_files, validation_files (`list[str]`, *optional*): Patterns of files inside the dataset, per split.
-        image_column (`str`, *optional*): `None` takes the only image column.
-
-    Raises:
-        FileNotFoundError, ValueError: for a dataset that is not there, has no such split or column, or an empty split.
-    """
-    data_files = files_by_split(train_files, validation_files)
-    splits = load_splits(dataset_name, dataset_config_name, data_files, cache_dir, revision)
-    validation_split = find_validation_split(splits, dataset_name, train_split, validation_split)
-    train = only_image_column(splits[train_split], dataset_name, image_column)
-    if validation_split is not None:
-        validation = only_image_column(splits[validation_split], dataset_name, image_column)
-    else:
-        held_out = min(validation_size, max(1, len(train) // 10))
-        if len(train) <= held_out:
-            raise ValueError(f"dataset {dataset_name!r} has {len(train)} image(s): none is left to hold out.")
-        halves = train.train_test_split(test_size=held_out, seed=seed)
-        train, validation = halves["train"], halves["test"]
-    return _first(train, max_train_samples), _first(validation, max_validation_samples)
-
-
-def load_train_images(
-    dataset_name: str,
-    *,
-    train_split: str = "train",
-    image_column: str | None = None,
-    max_train_samples: int | None = None,
-    cache_dir: str | None = None,
-) -> datasets.Dataset:
-    """All training images of one more dataset, of which none are held out; see `load_image_datasets`."""
-    splits = load_splits(dataset_name, cache_dir=cache_dir)
-    find_validation_split(splits, dataset_name, train_split, train_split)
-    return _first(only_image_column(splits[train_split], dataset_name, image_column), max_train_samples)
-
-
-def files_by_split(train_files: list[str] | None, validation_files: list[str] | None) -> dict[str, list[str]] | None:
-    """`data_files` for `load_splits`; `None` if no files are named."""
-    if validation_files and not train_files:
-        raise ValueError(f"validation_files={validation_files} needs train_files too: name the training files.")
-    files = {"train": train_files, "validation": validation_files}
-    return {split: patterns for split, patterns in files.items() if patterns} or None
-
-
-def load_splits(
-    dataset_name: str,
-    dataset_config_name: str | None = None,
-    data_files: dict[str, list[str]] | None = None,
-    cache_dir: str | None = None,
-    revision: str | None = None,
-    streaming: bool = False,
-) -> datasets.DatasetDict | datasets.IterableDatasetDict:
-    """All splits of a dataset, with all their columns; for the arguments see `load_image_datasets`."""
-    load = _open_streams if streaming else datasets.load_dataset
-    if dataset_name.startswith(PACKAGE_PREFIX):
-        folder = find_image_folder(dataset_name)
-        patterns = data_files or {"train": ["**"]}
-        data_files = {split: [f"{folder}/{pattern}" for pattern in files] for split, files in patterns.items()}
-        return load("imagefolder", data_files=data_files, cache_dir=cache_dir, drop_labels=True)
-    builder = FILE_BUILDERS.get(Path(dataset_name).suffix)
-    if builder is not None and not Path(dataset_name).is_dir():
-        if data_files:
-            raise ValueError(f"dataset {dataset_name!r} names files: it takes no train_files or validation_files.")
-        if "://" not in dataset_name and not glob.glob(dataset_name):
-            raise FileNotFoundError(f"dataset {dataset_name!r}: there are no such files.")
-        return load(builder, data_files={"train": dataset_name}, cache_dir=cache_dir)
-    check_source(dataset_name, "dataset", cache_dir=cache_dir)
-    try:
-        return load(dataset_name, dataset_config_name, data_files=data_files, cache_dir=cache_dir, revision=revision)
-    except ValueError as error:
-        if "corresponds to no data" not in str(error):
-            raise
-        raise ValueError(f"dataset {dataset_name!r} has an empty split: {error}") from error
-
-
-def _open_streams(*args, **kwargs) -> datasets.IterableDatasetDict:
-    """`load_dataset(..., streaming=True)`, but image files of the Hub are left undecoded like all others."""
-    builder = datasets.load_dataset_builder(*args, **kwargs)
-    if hasattr(builder.config, "decode_num_threads"):
-        builder.config.decode_num_threads = 0
-    return builder.as_streaming_dataset()
-
-
-def find_validation_split(
-    splits: dict, dataset_name: str, train_split: str, validation_split: str | None
-) -> str | None:
-    """`validation_split`, or which split serves by default, if any. Raises ValueError for splits not there or empty."""
-    if validation_split is None:
-        validation_split = next((name for name in ("validation", "test") if name in splits), None)
-    for name in filter(None, (train_split, validation_split)):
-        if name not in splits:
-            raise ValueError(f"dataset {dataset_name!r} has no split {name!r}; it has {', '.join(splits)}.")
-        if isinstance(splits[name], datasets.Dataset) and len(splits[name]) == 0:
-            raise ValueError(f"dataset {dataset_name!r}: split {name!r} is empty.")
-    return validation_split
-
-
-def _first(dataset: datasets.Dataset, count: int | None) -> datasets.Dataset:
-    return dataset if count is None else dataset.select(range(min(count, len(dataset))))
-
-
-def find_image_column(dataset: datasets.Dataset, dataset_name: str, image_column: str | None) -> str:
-    """`image_column`, or the only image column if it is `None`. Raises ValueError if there is no such column."""
-    if dataset.features is None:  # a stream may have to be looked into
-        dataset = dataset._resolve_features()
-    columns = [name for name, feature in dataset.features.items() if isinstance(feature, datasets.Image)]
-    if image_column is None and len(columns) != 1:
-        raise ValueError(
-            f"dataset {dataset_name!r} has {'no' if not columns else 'several'} image columns"
-            f"{'' if not columns else ' (' + ', '.join(columns) + ')'}; its columns are "
-            f"{', '.join(dataset.column_names)}. Name the one to use with --image_column."
-        )
-    image_column = image_column or columns[0]
-    if image_column not in columns:
-        raise ValueError(
-            f"dataset {dataset_name!r}: {image_column!r} is not an image column; image columns: "
-            f"{', '.join(columns) or 'none'}; all columns: {', '.join(dataset.column_names)}."
-        )
-    return image_column
-
-
-def only_image_column(
-    dataset: datasets.Dataset | datasets.IterableDataset, dataset_name: str, image_column: str | None
-) -> datasets.Dataset | datasets.IterableDataset:
-    """The dataset with its image column alone, called `image`, as undecoded files `{"bytes", "path"}`."""
-    image_column = find_image_column(dataset, dataset_name, image_column)
-    # Undecoded: a broken image is then ours to skip and count, instead of an exception inside the data loader.
-    dataset = dataset.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
-    return dataset if image_column == "image" else dataset.rename_column(image_column, "image")
 
 
 class UnreadableImage(ValueError):
@@ -256,13 +72,13 @@ def image_name(entry: dict | None, place: str) -> str:
     return f"{path} ({place})" if path else place
 
 
-def row_of(images: datasets.Dataset, item: int) -> str:
+def row_of(images: datasets.Dataset, item: int, first_row: int = 0) -> str:
     """
-    Where an item was in the dataset before it was shuffled, or others were held out; but `datasets` counts a part that
-    is all in one piece from 0.
+    Where an item was in the dataset before it was shuffled, or others were held out. `datasets` counts a part that is
+    all in one piece from 0: `first_row` is then where it begins.
     """
     moved = images._indices
-    return f"row {item if moved is None else moved.column(0)[item].as_py()}"
+    return f"row {first_row + (item if moved is None else moved.column(0)[item].as_py())}"
 
 
 @dataclass
@@ -306,6 +122,10 @@ class ImageTransform:
         if self.random_flip and rng.random() < 0.5:
             pixels = v2.functional.horizontal_flip(pixels)
         return to_pixel_values(pixels)
+
+    def central_square(self, image: Image.Image) -> Tensor:
+        """RGB image to the uint8 square `(3, resolution, resolution)` in its middle."""
+        return v2.functional.center_crop(self.scale(image), [self.resolution] * 2)
 
 
 def to_pixel_values(pixels: Tensor) -> Tensor:
@@ -641,6 +461,11 @@ class ValidationImages(torch.utils.data.Dataset):
         self.images, self.transform, self.whole, self.size_divisor = images, transform, whole, size_divisor
         self.readable = [item for item in range(len(images)) if self._is_readable(item)]
 
+    @property
+    def split(self) -> str | None:
+        """The split that they are from, if it is known."""
+        return None if self.images.split is None else str(self.images.split)
+
     def _decode(self, item: int) -> Image.Image:
         return decode_image(self.images[item]["image"], row_of(self.images, item))
 
@@ -658,7 +483,7 @@ class ValidationImages(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> Tensor:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        pixels = self.transform.scale(self._decode(self.readable[index]))
+        image = self._decode(self.readable[index])
         if self.whole:
-            return to_pixel_values(crop_to_multiple(pixels, self.size_divisor))
-        return to_pixel_values(v2.functional.center_crop(pixels, [self.transform.resolution] * 2))
+            return to_pixel_values(crop_to_multiple(self.transform.scale(image), self.size_divisor))
+        return to_pixel_values(self.transform.central_square(image))

@@ -14,16 +14,8 @@ import fsspec
 import torch
 from accelerate.utils import gather_object
 
-from .datasets import (
-    ImageTransform,
-    Mixture,
-    UnreadableImage,
-    decode_image,
-    files_by_split,
-    find_validation_split,
-    load_splits,
-    only_image_column,
-)
+from .datasets import ImageTransform, Mixture, UnreadableImage, decode_image
+from .images import TrainingOptions, check_splits, find_validation_split, only_image_column
 
 logger = logging.getLogger(__name__)
 
@@ -66,55 +58,38 @@ def _with_bytes(entry: dict) -> dict:
 
 
 def load_image_stream(
-    dataset_name: str,
-    *,
-    dataset_config_name: str | None = None,
-    train_split: str = "train",
-    validation_split: str | None = None,
-    validation_size: int = 64,
-    train_files: list[str] | None = None,
-    validation_files: list[str] | None = None,
-    image_column: str | None = None,
-    max_train_samples: int | None = None,
-    max_validation_samples: int | None = None,
-    cache_dir: str | None = None,
-    revision: str | None = None,
-    hold_out: bool = True,
-    max_shards: int = 1024,
+    options: TrainingOptions, hold_out: bool = True, max_shards: int = 1024
 ) -> tuple[list[Shard], datasets.Dataset | None]:
     """
     As `load_image_datasets`, without downloading or indexing: the training images as shards, the validation images in
-    memory.
+    memory. Without a validation split, the first images of the train split are held out. Those of
+    `max_train_samples` are one shard.
 
     Args:
-        validation_split (`str`, *optional*): `None` takes `validation`, else `test`, else the first `validation_size`
-            images of the train split, which then are not trained on.
-        max_train_samples (`int`, *optional*): Take the first so many images, as one shard.
         hold_out (`bool`): Whether validation images are wanted at all.
         max_shards (`int`): Join a dataset's own shards (files) to at most so many.
     """
-    splits = load_splits(
-        dataset_name, dataset_config_name, files_by_split(train_files, validation_files), cache_dir, revision, True
-    )
-    validation_split = find_validation_split(
-        splits, dataset_name, train_split, validation_split if hold_out else train_split
-    )
-    train = only_image_column(splits[train_split], dataset_name, image_column)
-    count = min(train.num_shards, max_shards) if max_train_samples is None else 1
+    name, train_split, limit = options.dataset_name, options.train_split, options.max_train_samples
+    splits = options.load_splits(options.data_files(), streaming=True)
+    check_splits(splits, name, train_split)
+    validation_split = find_validation_split(splits, options) if hold_out else None
+    train = only_image_column(splits[train_split], name, options.image_column)
+    count = min(train.num_shards, max_shards) if limit is None else 1
     shards = [Shard(train, index, count) for index in range(count)]
     if not hold_out:
         validation = None
     elif validation_split is not None:
-        held_out = Shard(only_image_column(splits[validation_split], dataset_name, image_column))
-        validation = _in_memory(itertools.islice(held_out.read(), max_validation_samples))
+        held_out = Shard(only_image_column(splits[validation_split], name, options.image_column))
+        validation = _in_memory(itertools.islice(held_out.read(), options.max_validation_samples))
     else:
-        shards, validation = _hold_out(shards, validation_size)
-        validation = validation.select(range(min(len(validation), max_validation_samples or validation_size)))
+        shards, validation = _hold_out(shards, options.validation_size)
+        most = options.max_validation_samples or options.validation_size
+        validation = validation.select(range(min(len(validation), most)))
     if validation is not None and not len(validation):
-        raise ValueError(f"dataset {dataset_name!r}: split {validation_split or train_split!r} is empty.")
-    shards = [replace(shard, limit=max_train_samples) for shard in shards]
+        raise ValueError(f"dataset {name!r}: split {validation_split or train_split!r} is empty.")
+    shards = [replace(shard, limit=limit) for shard in shards]
     if not any(True for shard in shards for _ in itertools.islice(shard.read(), 1)):
-        raise ValueError(f"dataset {dataset_name!r}: split {train_split!r} has no image to train on.")
+        raise ValueError(f"dataset {name!r}: split {train_split!r} has no image to train on.")
     return shards, validation
 
 

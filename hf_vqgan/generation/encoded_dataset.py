@@ -2,9 +2,7 @@
 
 import hashlib
 import json
-import logging
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -12,25 +10,15 @@ import datasets
 import numpy as np
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
-from torchvision.transforms import v2
+from torch import nn
 from tqdm.auto import tqdm
 
-from ..data.datasets import (
-    ImageTransform,
-    UnreadableImage,
-    decode_image,
-    find_image_column,
-    load_splits,
-    to_pixel_values,
-)
+from ..data.images import CentralSquares, ImageOptions, check_splits, find_image_column, only_image_column
 from ..files.documents import read_mapping, write_text
 from ..files.options import check_values, option
 from ..files.sources import check_source
 from ..modeling_vqgan import VQGANModel
 from ..training.setup import share_cpu_threads
-
-logger = logging.getLogger(__name__)
 
 SETTINGS_FILE = "encoding.json"
 WHAT = ("latents", "indices")
@@ -96,38 +84,29 @@ def encode_dataset(model_name: str, dataset_name: str, out: str | Path, config: 
         raise ValueError(
             f"resolution={side} is not a multiple of {model.config.downsample_factor}, the model's downsampling factor."
         )
-    transform = ImageTransform(side, config.resize, center_crop=True, random_flip=False)
+    options = ImageOptions.of(dataset_name, config, resolution=side)
     with accelerator.main_process_first():  # one process fills the dataset cache, the others read it
-        splits = load_splits(
-            dataset_name, config.dataset_config_name, cache_dir=config.cache_dir, revision=config.dataset_revision
-        )
-    if missing := [name for name in config.splits if name not in splits]:
-        raise ValueError(f"dataset {dataset_name!r} has no split {missing[0]!r}; it has {', '.join(splits)}.")
+        splits = options.load_splits()
+    check_splits(splits, dataset_name, *config.splits)
     splits = {name: splits[name] for name in config.splits or splits}
 
     if accelerator.is_main_process:
-        _claim(out, _settings(model, dataset_name, splits, transform, config))
+        _claim(out, _settings(model, splits, options, config))
     accelerator.wait_for_everyone()
-    shards = [
-        (split, number, -(-len(rows) // config.shard_size))
-        for split, rows in splits.items()
-        for number in range(-(-len(rows) // config.shard_size))
-    ]
+    shards = [shard for split, rows in splits.items() for shard in cut_into_shards(split, rows, config.shard_size)]
     mine = shards[accelerator.process_index :: accelerator.num_processes]
-    todo = [shard for shard in mine if not _shard_file(out, *shard).exists()]
+    todo = [shard for shard in mine if not shard.file(out).exists()]
     progress = tqdm(
-        total=sum(len(_shard_rows(splits[split], number, config)) for split, number, _ in todo),
+        total=sum(len(shard.rows) for shard in todo),
         desc=f"encode ({len(mine) - len(todo)} of {len(mine)} shards are there)",
         unit=" images",
         disable=not accelerator.is_local_main_process,
     )
     started, images = time.perf_counter(), 0
-    for split, number, count in todo:
-        rows = _shard_rows(splits[split], number, config)
-        column = find_image_column(rows, dataset_name, config.image_column)
+    for shard in todo:
         with accelerator.autocast():
-            encoded = _encode_rows(model, rows, column, transform, config, progress, number * config.shard_size)
-        file = _shard_file(out, split, number, count)
+            encoded = _encode_shard(model, shard, options, config, progress)
+        file = shard.file(out)
         temporary = file.with_name(f".{file.name}.tmp")
         encoded.to_parquet(temporary)
         temporary.replace(file)
@@ -154,17 +133,15 @@ def weights_sha256(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _settings(
-    model: VQGANModel, dataset_name: str, splits: dict, transform: ImageTransform, config: EncodingConfig
-) -> dict:
+def _settings(model: VQGANModel, splits: dict, options: ImageOptions, config: EncodingConfig) -> dict:
     """What the shards depend on. A model counts by its weights: its folder may hold others tomorrow."""
     names = ("what", "dataset_config_name", "dataset_revision", "image_column", "latents_dtype", "mixed_precision")
     return {name: value for name, value in asdict(config).items() if name in (*names, "shard_size")} | {
-        "dataset": dataset_name,
+        "dataset": options.dataset_name,
         "rows": {name: len(rows) for name, rows in splits.items()},
         "model_sha256": weights_sha256(model),
-        "resolution": transform.resolution,
-        "resize": transform.resize,
+        "resolution": options.resolution,
+        "resize": options.transform().resize,
     }
 
 
@@ -186,36 +163,48 @@ def _claim(out: Path, settings: dict) -> None:
     write_text(file, json.dumps(settings, indent=2) + "\n")
 
 
-def _shard_file(out: Path, split: str, number: int, count: int) -> Path:
-    return out / "data" / f"{split}-{number:05d}-of-{count:05d}.parquet"
+@dataclass(frozen=True)
+class Shard:
+    """Shard `number` of the `count` of a split: its `rows`, of which the first is row `start` of the split."""
+
+    split: str
+    number: int
+    count: int
+    start: int
+    rows: datasets.Dataset
+
+    def file(self, out: Path) -> Path:
+        return out / "data" / f"{self.split}-{self.number:05d}-of-{self.count:05d}.parquet"
 
 
-def _shard_rows(rows: datasets.Dataset, number: int, config: EncodingConfig) -> datasets.Dataset:
-    start = number * config.shard_size
-    return rows.select(range(start, min(start + config.shard_size, len(rows))))
+def cut_into_shards(split: str, rows: datasets.Dataset, size: int) -> list[Shard]:
+    starts = range(0, len(rows), size)
+    return [
+        Shard(split, number, len(starts), start, rows.select(range(start, min(start + size, len(rows)))))
+        for number, start in enumerate(starts)
+    ]
 
 
 @torch.no_grad()
-def _encode_rows(
-    model: VQGANModel,
-    rows: datasets.Dataset,
-    column: str,
-    transform: ImageTransform,
-    config: EncodingConfig,
-    progress: tqdm,
-    start: int,
+def _encode_shard(
+    model: VQGANModel, shard: Shard, options: ImageOptions, config: EncodingConfig, progress: tqdm
 ) -> datasets.Dataset:
-    """`rows`, of which the first is row number `start` of the split, with codes and latents in place of the images."""
+    """The shard's rows with codes and latents in place of the images."""
+    column = find_image_column(shard.rows, options.dataset_name, options.image_column)
+    images = only_image_column(shard.rows, options.dataset_name, column)
     readable: list[int] = []
     made: dict[str, list[np.ndarray]] = {name: [] for name in config.what}
-    for batch in _batches(rows, column, transform, config.batch_size, readable, progress, start):
-        latents = model.encode(batch.to(model.device)).latents
+    for batch in CentralSquares(images, options.transform(), shard.start).batches(config.batch_size):
+        readable += batch.rows
+        latents = model.encode(batch.pixels.to(model.device)).latents
         if "latents" in made:
             made["latents"].append(latents.float().cpu().numpy().astype(config.latents_dtype))
         if "indices" in made:
             made["indices"].append(model.quantize(latents).indices.cpu().numpy().astype(np.int32))
+        progress.update(len(batch.rows))
     if not readable:
-        raise ValueError(f"not one of {len(rows)} images in column {column!r} can be read.")
+        raise ValueError(f"not one of {len(shard.rows)} images in column {column!r} can be read.")
+    progress.update(len(shard.rows) - len(readable))
     columns, features = {}, {}
     for name, arrays in made.items():
         columns[name] = np.concatenate(arrays)
@@ -223,36 +212,8 @@ def _encode_rows(
         kind = datasets.Array2D if len(shape) == 2 else datasets.Array3D
         features[name] = kind(shape=shape, dtype="int32" if name == "indices" else config.latents_dtype)
     encoded = datasets.Dataset.from_dict(columns, features=datasets.Features(features))
-    kept = rows.remove_columns(column)
+    kept = shard.rows.remove_columns(column)
     if not kept.column_names:
         return encoded
     # Joined as Arrow tables: other columns, images among them, are not decoded.
     return datasets.concatenate_datasets([kept.select(readable), encoded], axis=1)
-
-
-def _batches(
-    rows: datasets.Dataset,
-    column: str,
-    transform: ImageTransform,
-    size: int,
-    readable: list[int],
-    progress: tqdm,
-    start: int,
-) -> Iterator[Tensor]:
-    """Central squares `(B, 3, resolution, resolution)` in [-1, 1]; numbers of readable rows go to `readable`."""
-    waiting: list[Tensor] = []
-    images = rows.select_columns([column]).cast_column(column, datasets.Image(decode=False))
-    for number in range(len(images)):
-        progress.update()
-        try:
-            pixels = transform.scale(decode_image(images[number][column], f"row {start + number}"))
-        except UnreadableImage as error:
-            logger.warning("left out an unreadable image: %s", error)
-            continue
-        readable.append(number)
-        waiting.append(to_pixel_values(v2.functional.center_crop(pixels, [transform.resolution] * 2)))
-        if len(waiting) == size:
-            yield torch.stack(waiting)
-            waiting = []
-    if waiting:
-        yield torch.stack(waiting)

@@ -15,7 +15,8 @@ from diffusers.training_utils import EMAModel
 from PIL import Image
 from torch import Tensor, nn
 
-from ..data.datasets import ImageTransform, load_splits
+from ..data.datasets import ImageTransform
+from ..data.images import DatasetSource, check_splits
 from ..files.options import option
 from ..files.sources import check_source
 from ..modeling_vqgan import VQGANModel
@@ -277,13 +278,8 @@ def load_samples(config: GeneratorOptions, vqgan: VQGANModel, accelerator: Accel
         ValueError: if the dataset has no such split.
     """
     with accelerator.main_process_first():  # one process fills the dataset cache, the others read it
-        splits = load_splits(
-            config.dataset_name, config.dataset_config_name, None, config.cache_dir, config.dataset_revision
-        )
-    if config.train_split not in splits:
-        raise ValueError(
-            f"dataset {config.dataset_name!r} has no split {config.train_split!r}; it has {', '.join(splits)}."
-        )
+        splits = DatasetSource.of(config.dataset_name, config).load_splits()
+    check_splits(splits, config.dataset_name, config.train_split)
     rows = splits[config.train_split]
     rows = rows.select(range(min(len(rows), config.max_train_samples or len(rows))))
     resolution = config.resolution or vqgan.config.sample_size

@@ -13,14 +13,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm.auto import tqdm
 
-from ..data.datasets import (
-    ImageTransform,
-    TrainingImages,
-    collate_samples,
-    find_image_column,
-    shuffled_epochs,
-    take_batches,
-)
+from ..data.datasets import ImageTransform, TrainingImages, collate_samples, shuffled_epochs, take_batches
+from ..data.images import only_image_column, read_classes
 from ..measurement.metrics import gather_rows
 from ..modeling_vqgan import VQGANModel
 
@@ -62,13 +56,11 @@ class LatentSamples(Dataset):
         self.classes: dict[int, str] = {}
         self.labels: list[int] | None = None
         if class_column is not None:
-            self.labels, self.classes = _read_classes(rows, class_column)
+            self.labels, self.classes = read_classes(rows, class_column)
         # Whether a row is the same in every epoch.
         self.fixed = self.kind != "pixel_values" or (transform.center_crop and not transform.random_flip)
         if self.kind == "pixel_values":
-            column = find_image_column(rows, dataset_name, image_column)
-            images = rows.select_columns([column]).cast_column(column, datasets.Image(decode=False))
-            self.items = TrainingImages(images.rename_columns({column: "image"}), transform, seed)
+            self.items = TrainingImages(only_image_column(rows, dataset_name, image_column), transform, seed)
         else:
             self.items = rows.select_columns([self.kind]).with_format("torch")
 
@@ -166,14 +158,3 @@ def raw_latents(vqgan: VQGANModel, batch: dict[str, Tensor]) -> Tensor:
     else:
         latents = batch["latents"]
     return latents.float()
-
-
-def _read_classes(rows: datasets.Dataset, column: str) -> tuple[list[int], dict[int, str]]:
-    """Class number of every row, and the names of all classes."""
-    if column not in rows.column_names:
-        raise ValueError(f"class_column={column!r} is not a column; columns: {', '.join(rows.column_names)}.")
-    labels, feature = rows[column][:], rows.features[column]
-    if not all(isinstance(label, int) and label >= 0 for label in labels):
-        raise ValueError(f"class_column={column!r} is {feature}: expected class numbers from 0, none missing.")
-    names = feature.names if isinstance(feature, datasets.ClassLabel) else [str(n) for n in range(max(labels) + 1)]
-    return labels, dict(enumerate(names))

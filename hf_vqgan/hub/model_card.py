@@ -6,6 +6,7 @@ from pathlib import Path
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..configuration_vqgan import VQGANConfig
+from ..measurement.protocol import Protocol
 from ..pipelines import VQGANLatentDiffusionPipeline
 
 TEMPLATE = """---
@@ -62,13 +63,13 @@ hf-vqgan train --config training_config.yaml
 ```
 """
 
-# name in metrics.json -> (title, type on the Hub, digits, key of `measured_on`)
+# name in metrics.json -> (title, type on the Hub, digits)
 TRAINING_METRICS = {
-    "psnr": ("PSNR (dB)", "psnr", 2, "psnr, ssim, lpips, l1, validation_*"),
-    "ssim": ("SSIM", "ssim", 3, "psnr, ssim, lpips, l1, validation_*"),
-    "lpips": ("LPIPS", "lpips", 3, "psnr, ssim, lpips, l1, validation_*"),
-    "perplexity": ("codebook perplexity", "perplexity", 0, "perplexity, usage"),
-    "usage": ("codebook usage", "codebook-usage", 3, "perplexity, usage"),
+    "psnr": ("PSNR (dB)", "psnr", 2),
+    "ssim": ("SSIM", "ssim", 3),
+    "lpips": ("LPIPS", "lpips", 3),
+    "perplexity": ("codebook perplexity", "perplexity", 0),
+    "usage": ("codebook usage", "codebook-usage", 3),
 }
 
 # name in evaluation.json -> (title, type on the Hub, digits)
@@ -101,7 +102,6 @@ def make_model_card(
     """
     dataset_name = settings["dataset_name"]
     on_hub = _on_hub(dataset_name)
-    measured = metrics["measured_on"]
     data = ModelCardData(
         license=license,
         library_name="hf_vqgan",
@@ -118,7 +118,7 @@ def make_model_card(
                 metric_name=title,
                 metric_value=round(metrics[name], 4),
             )
-            for name, (title, kind, _, _) in TRAINING_METRICS.items()
+            for name, (title, kind, _) in TRAINING_METRICS.items()
         ],
     )
     return ModelCard.from_template(
@@ -132,12 +132,21 @@ def make_model_card(
         quantizer=model_config.quantizer,
         factor=model_config.downsample_factor,
         metrics=[
-            {"name": title, "value": f"{metrics[name]:.{digits}f}", "on": measured[key]}
-            for name, (title, _, digits, key) in TRAINING_METRICS.items()
+            {"name": title, "value": f"{metrics[name]:.{digits}f}", "on": measured_on(metrics, name)}
+            for name, (title, _, digits) in TRAINING_METRICS.items()
         ],
         has_diffusers=has_diffusers,
         dataset=_link(dataset_name, "datasets/"),
     )
+
+
+def measured_on(metrics: dict, figure: str) -> str:
+    """What a figure of a metrics.json was measured on. Earlier versions wrote that sentence itself."""
+    of_codes = figure in ("perplexity", "usage")
+    if "measured_on" in metrics:
+        return metrics["measured_on"]["perplexity, usage" if of_codes else "psnr, ssim, lpips, l1, validation_*"]
+    protocol = Protocol.from_dict(metrics["protocol"])
+    return protocol.describe_codes() if of_codes else protocol.describe()
 
 
 def update_model_card(folder: Path, evaluation: dict) -> ModelCard:
@@ -182,10 +191,13 @@ def add_evaluation(card: ModelCard, evaluation: dict, model_name: str) -> ModelC
     card.data.eval_results = [old for old in before if not any(old.is_equal_except_value(new) for new in found)] + found
     card.data.model_name = card.data.model_name or model_name
     rows = [f"| {title} | {evaluation[name]:.{digits}f} |" for name, (title, _, digits) in shown.items()]
+    # Earlier versions wrote sentences there.
+    prose = isinstance(protocol["resize"], str)
+    cut = f"{protocol['resize']}; {protocol['crop']}" if prose else Protocol.from_dict(protocol).describe_cut()
     text = (
         f"{protocol['num_images']} images of {protocol['dataset']}, split {protocol['split']}, "
-        f"{protocol['resolution']}x{protocol['resolution']} pixels (resize: {protocol['resize']}; crop: "
-        f"{protocol['crop']}), against the same crops. The whole protocol is in [evaluation.json](evaluation.json)."
+        f"{protocol['resolution']}x{protocol['resolution']} pixels ({cut}), against the same crops. The whole protocol "
+        "is in [evaluation.json](evaluation.json)."
     )
     section = "\n".join([EVALUATION_HEADING, "", text, "", "| metric | value |", "|---|---|", *rows, ""])
     # From the heading to the next one of its level, or to the end

@@ -4,7 +4,7 @@ another question (`metrics.py`): a model can be good at one and bad at the other
 
 Every measure is a function of tensors and of the networks it needs, given as callables, so that it can be tried on any
 autoencoder and on toys with known answers. It returns one figure per image, pair or path, for `bootstrap` to average;
-where only a set has a figure (Fréchet distance, correlation), it returns that. `latent_analysis.py` runs them all.
+where only a set has a figure (Fréchet distance, correlation), it returns that. `latent_measures.py` runs them all.
 
 Shapes: B images or pairs, x pixels `(B, 3, H, W)` in [-1, 1], z latents `(B, D, h, w)`, K codes, n codebooks, `indices`
 `(B, h, w, n)`. `decode` maps z to x, `encode` x to z. Distances are squared ones, as LPIPS is.
@@ -35,7 +35,8 @@ class Measure:
         unit (`str`): What it is counted in.
         better (`str`, *optional*): `"higher"` or `"lower"`; `None` where neither is better by itself.
         n (`int`): Independent images, pairs, ... that the interval is over.
-        protocol (`str`): What exactly was done. Figures of different protocols cannot be compared.
+        protocol (`dict`): What exactly was done: an id, and settings. Figures of different protocols cannot be
+            compared.
     """
 
     value: float
@@ -44,7 +45,7 @@ class Measure:
     unit: str
     better: str | None
     n: int
-    protocol: str
+    protocol: dict
 
 
 class PixelDistance:

@@ -269,7 +269,7 @@ def evaluate_reconstruction(
         ValueError: if there is no image on any process.
     """
     device = model.device
-    totals = torch.zeros(5, dtype=torch.float64, device=device)  # psnr, ssim, lpips, l1, count
+    totals = torch.zeros(5, dtype=torch.float64)  # psnr, ssim, lpips, l1, count; on CPU: MPS has no float64
     codes, codebooks = model.quantize.num_codes, model.quantize.num_codebooks
     counts = torch.zeros(codebooks * codes, dtype=torch.int64, device=device)
     training = model.training
@@ -281,15 +281,13 @@ def evaluate_reconstruction(
             sample = output.sample.float().clamp(-1, 1)
             psnr, ssim, error = pixel_figures(sample, pixels).values()
             lpips = perceptual(sample, pixels) if perceptual is not None else torch.zeros_like(error)
-            figures = [figure.double().sum() for figure in (psnr, ssim, lpips, error)]
-            totals += torch.stack([*figures, totals.new_tensor(len(pixels))])
+            totals[:4] += torch.stack([psnr, ssim, lpips, error]).cpu().double().sum(dim=1)
+            totals[4] += len(pixels)
             counts += torch.bincount(number_codes(output.indices, codes, codebooks), minlength=len(counts))
     finally:
         model.train(training)
-    if dist.is_available() and dist.is_initialized():
-        dist.all_reduce(totals)
-        dist.all_reduce(counts)
-    *sums, number = totals.tolist()
+    *sums, number = sum_over_processes(totals, device).tolist()
+    counts = sum_over_processes(counts.cpu(), device)
     if not number:
         raise ValueError("there are no images to evaluate on.")
     psnr, ssim, lpips, error = (value / number for value in sums)
@@ -338,7 +336,7 @@ def measure_latents(model: VQGANModel, load_batch: Callable[[int], Tensor], num_
     distributed = dist.is_available() and dist.is_initialized()
     rank, processes = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
     for number in range(rank, num_batches, processes):
-        latents = model.encode(load_batch(number).to(model.device)).latents.double().cpu()
+        latents = model.encode(load_batch(number).to(model.device)).latents.cpu().double()
         sums = latents.sum(dim=(0, 2, 3)), latents.square().sum(dim=(0, 2, 3))
         table[number] = torch.cat([*sums, torch.tensor([latents[:, 0].numel(), len(latents)])])
     model.train(training)

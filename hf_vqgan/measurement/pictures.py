@@ -2,6 +2,8 @@
 
 import io
 import textwrap
+from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -175,3 +177,15 @@ def _render(figure: Figure) -> Image.Image:
     buffer = io.BytesIO()
     FigureCanvasAgg(figure).print_png(buffer)
     return Image.open(buffer)
+
+
+def write_picture(file: Path, save: Callable[..., None], **options) -> None:
+    """
+    Write a file so that it is there whole or not at all.
+
+    Args:
+        save (`Callable`): A picture's `save` or a figure's `savefig`, which gets a path and `options`.
+    """
+    temporary = file.with_name(f".{file.name}")
+    save(temporary, **options)
+    temporary.replace(file)

@@ -2,7 +2,6 @@
 
 import copy
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -16,10 +15,9 @@ from ..data.datasets import (
     MixedImages,
     TrainingImages,
     ValidationImages,
-    load_image_datasets,
-    load_train_images,
     map_style_images,
 )
+from ..data.images import TrainingOptions, load_image_datasets, load_train_images
 from ..data.streams import StreamedImages, load_image_stream
 from ..files.sources import check_source
 from ..losses.discriminators import DINODiscriminator, PatchDiscriminator, StyleGANDiscriminator
@@ -66,31 +64,28 @@ def load_images(
 ) -> tuple[TrainingImages | MixedImages | StreamedImages, ValidationImages]:
     """The training and validation images that the configuration names, checked against the model's factor."""
     transform = ImageTransform(config.resolution, config.resize, config.center_crop, config.random_flip)
-    of_all: dict[str, Any] = dict(
-        train_split=config.train_split,
-        image_column=config.image_column,
-        max_train_samples=config.max_train_samples,
-        cache_dir=config.cache_dir,
-    )
-    of_first: dict[str, Any] = of_all | dict(
-        dataset_config_name=config.dataset_config_name,
-        validation_split=config.validation_split,
-        train_files=config.train_files,
-        validation_files=config.validation_files,
-        max_validation_samples=config.max_validation_samples,
-        revision=config.dataset_revision,
-    )
+    first = TrainingOptions.of(config.dataset_name, config)
+    others = [
+        TrainingOptions(
+            name,
+            image_column=config.image_column,
+            cache_dir=config.cache_dir,
+            train_split=config.train_split,
+            max_train_samples=config.max_train_samples,
+        )
+        for name in config.extra_datasets
+    ]
     weights = config.dataset_weights or None
     with accelerator.main_process_first():  # one process fills the dataset cache, the others read it
         if config.streaming:
-            shards, validation_images = load_image_stream(config.dataset_name, **of_first)
-            more = [load_image_stream(name, **of_all, hold_out=False)[0] for name in config.extra_datasets]
+            shards, validation_images = load_image_stream(first)
+            more = [load_image_stream(options, hold_out=False)[0] for options in others]
             training = StreamedImages(
                 [shards, *more], transform, config.seed, weights, config.shuffle_buffer_size, config.shard_groups
             )
         else:
-            images, validation_images = load_image_datasets(config.dataset_name, **of_first, seed=config.seed)
-            more = [load_train_images(name, **of_all) for name in config.extra_datasets]
+            images, validation_images = load_image_datasets(first)
+            more = [load_train_images(options) for options in others]
             training = map_style_images([images, *more], transform, config.seed, config.crops_per_image, weights)
     validation = ValidationImages(
         validation_images, transform, config.validate_whole_images, model_config.downsample_factor

@@ -19,6 +19,7 @@ from ..image_processing_vqgan import VQGANImageProcessor
 from ..losses.image_losses import LPIPS
 from ..measurement.metrics import evaluate_reconstruction, measure_latents
 from ..measurement.pictures import draw_codebook, draw_curves, draw_gradients, draw_reconstructions
+from ..measurement.protocol import Protocol
 from .checkpoint import LossScale, NamedAverages, NamedOptimizer, Part
 from .configuration import VQGANTrainingConfig
 from .gradient_flow import measure_gradients
@@ -305,7 +306,6 @@ def validate(state: TrainState, validation: ValidationImages, metric: LPIPS, run
         What metrics.json says.
     """
     config, accelerator = state.config, state.accelerator
-    _, size = describe_crops(config)
     mine = range(accelerator.process_index, len(validation), accelerator.num_processes)
     images = (validation[index][None].contiguous(memory_format=memory_format(config)) for index in mine)
     found = evaluate_reconstruction(state.vqgan, images, metric).as_dict()
@@ -323,22 +323,21 @@ def validate(state: TrainState, validation: ValidationImages, metric: LPIPS, run
         "nonfinite_steps": state.nonfinite_steps,
         "unreadable_images": len(state.unreadable_images),
         "upscaled_images": state.upscaled,
-        "measured_on": {
-            "psnr, ssim, lpips, l1, validation_*": f"{len(validation)} validation image(s) of "
-            f"{public_name(config.dataset_name)} ({size}), pixels clamped and mapped to [0, 1], mean over images; "
-            f"LPIPS v0.1 {config.validation_net}",
-            "perplexity, usage": f"codes of the training crops of the last {report.window_steps} steps "
-            f"({report.positions:,} positions); usage is the share of codes hit at least once",
-            "seconds": "training loop with validation, without set-up",
-            "unreadable_images": "different training images that could not be read",
-            "upscaled_images": "training samples, over all epochs, from images that had to be enlarged",
-        },
+        "protocol": Protocol(
+            dataset=public_name(config.dataset_name),
+            split=validation.split,
+            num_images=len(validation),
+            resolution=config.resolution,
+            resize=validation.transform.resize,
+            crop="none" if validation.whole else "center",
+            lpips_net=config.validation_net,
+            codebook_steps=report.window_steps,
+            codebook_positions=report.positions,
+            latent_images=state.latents.num_images if state.latents is not None else None,
+        ).as_dict(),
     }
     if state.latents is not None:
         metrics |= {name: getattr(state.vqgan.config, name) for name in ("scaling_factor", "shift_factor")}
-        metrics["measured_on"]["scaling_factor, shift_factor"] = (
-            f"continuous latents of {state.latents.num_images} training crops: 1 / standard deviation, mean"
-        )
     run.write_metrics(metrics)
     if accelerator.is_main_process:
         shown = [validation[index] for index in range(min(config.validation_pictures, len(validation)))]

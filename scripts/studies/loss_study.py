@@ -19,14 +19,16 @@ from scipy.stats import t as student_t
 from torch import Tensor
 
 from hf_vqgan.configuration_vqgan import VQGANConfig
-from hf_vqgan.evaluation.latent_analysis import GROUPS, LatentAnalysisConfig, NotApplicable, Subject, prepare
+from hf_vqgan.evaluation.latent_measures import GROUPS
+from hf_vqgan.evaluation.latent_options import LatentAnalysisConfig
+from hf_vqgan.evaluation.latent_subject import NotApplicable, Subject, prepare
 from hf_vqgan.files.documents import write_text
 from hf_vqgan.files.options import MAX_SEED, check_values, option
 from hf_vqgan.losses.image_losses import LPIPS
 from hf_vqgan.losses.lpips_weights import NETWORKS
 from hf_vqgan.measurement.latent_pictures import draw_strips
 from hf_vqgan.measurement.latent_space import high_frequency_share, slerp
-from hf_vqgan.measurement.pictures import draw_comparison
+from hf_vqgan.measurement.pictures import draw_comparison, write_picture
 from hf_vqgan.training.configuration import VQGANTrainingConfig
 from hf_vqgan.training.tokenizer import train
 
@@ -245,7 +247,7 @@ def analysis_config(config: LossStudyConfig) -> LatentAnalysisConfig:
 def measure(config: LossStudyConfig, folder: Path) -> dict[str, float]:
     """The latent space of the model in `folder`; `detail` and `other_lpips` of its reconstructions."""
     torch.set_num_threads(config.cpu_threads)
-    subject, _ = prepare(str(folder), config.dataset_name, analysis_config(config))
+    subject = prepare(str(folder), config.dataset_name, analysis_config(config))
     figures: dict[str, float] = {}
     for group in config.measures:
         with contextlib.suppress(NotApplicable):
@@ -300,8 +302,7 @@ def run_study(config: LossStudyConfig) -> dict:
     write_text(folder / "study.md", describe(study))
     draw(config, list(chosen))
     figure = draw_gradients_at_z(logs)
-    figure.savefig(folder / ".gradients.png", dpi=80)
-    (folder / ".gradients.png").replace(folder / "gradients.png")
+    write_picture(folder / "gradients.png", figure.savefig, dpi=80)
     return study
 
 
@@ -467,7 +468,7 @@ def draw(config: LossStudyConfig, names: list[str]) -> None:
     rebuilt: dict[str, Tensor] = {}
     for name in names:
         place = run_folder(config, name, config.seeds[0])
-        subject, _ = prepare(str(place), config.dataset_name, analysis_config(config))
+        subject = prepare(str(place), config.dataset_name, analysis_config(config))
         if not rebuilt:
             rebuilt["original"] = as_bytes(subject.pixels[:6])
         rebuilt[name] = as_bytes(first_images(subject, 6))
@@ -476,8 +477,7 @@ def draw(config: LossStudyConfig, names: list[str]) -> None:
         ("reconstructions.png", draw_comparison(rebuilt, side=96)),
         ("interpolations.png", draw_strips(strips)),
     ):
-        picture.save(folder / f".{file}")
-        (folder / f".{file}").replace(folder / file)
+        write_picture(folder / file, picture.save)
 
 
 def as_bytes(images: Tensor) -> Tensor:
