@@ -1,4 +1,4 @@
-"""Configurations of the models of VQ-GAN tokens: what is needed to rebuild one, and nothing about how it was trained."""
+"""Configurations of models of VQ-GAN tokens: what is needed to rebuild one, and nothing about how it was trained."""
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig

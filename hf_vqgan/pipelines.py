@@ -37,9 +37,7 @@ def count_classes(denoiser: UNet2DModel | DiTTransformer2DModel) -> int:
     return max((denoiser.config.num_class_embeds or 0) - 1, 0)
 
 
-def class_numbers(
-    class_labels: int | str | list[int | str] | Tensor, classes: int, id2label: dict | None
-) -> list[int]:
+def class_numbers(class_labels: int | str | list[int | str] | Tensor, classes: int, id2label: dict | None) -> list[int]:
     """
     The numbers of classes given by number or name.
 

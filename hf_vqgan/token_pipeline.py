@@ -143,6 +143,6 @@ def check_vocabulary(vqvae: VQGANModel, token_model: AutoregressiveTokenModel | 
     theirs = (token_model.config.num_vq_embeddings, token_model.config.num_codebooks)
     if ours != theirs:
         raise ValueError(
-            f"token_model has {theirs[1]} x {theirs[0]} codes per position, but vqvae has {ours[1]} x {ours[0]}: it was "
-            "trained on the tokens of another model."
+            f"token_model has {theirs[1]} x {theirs[0]} codes per position, but vqvae has {ours[1]} x {ours[0]}: it was"
+            " trained on the tokens of another model."
         )

@@ -147,6 +147,12 @@ def given_latent_space() -> dict:
     return {}
 
 
+def given_tokens() -> dict:
+    save_images("user/images", ["cats", "dogs"])
+    save_model("runs/mine")
+    return {}
+
+
 GIVEN = {
     "tutorial": given_tutorial,
     "training": given_training,
@@ -154,6 +160,7 @@ GIVEN = {
     "checkpoints": given_checkpoints,
     "diffusers": given_diffusers,
     "latent_space": given_latent_space,
+    "tokens": given_tokens,
 }
 
 
@@ -177,6 +184,7 @@ def run_command(command: list[str], monkeypatch) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning")  # transformers' Trainer, on CPU
 @pytest.mark.parametrize("page", [page for page in PAGES if read_blocks(page)], ids=lambda page: page.stem)
 def test_blocks_run_or_say_what_they_need(page, reader, monkeypatch):
     blocks = [block for block in read_blocks(page) if not block.needs]

@@ -98,7 +98,7 @@ def test_bound_of_a_masked_model(num_codebooks):
     bound = exact_bound(model, images, labels)
     assert torch.exp2(-bound).sum() < 1
     estimates = torch.stack([
-        model.bits_upper_bound(images, labels, num_draws=50, generator=torch.Generator().manual_seed(seed))
+        model.bits_upper_bound(images, labels, num_draws=100, generator=torch.Generator().manual_seed(seed))
         for seed in range(20)
     ])  # fmt: skip
     error = estimates.std(0) / len(estimates) ** 0.5
@@ -111,26 +111,23 @@ def test_bound_of_a_masked_model(num_codebooks):
 
 @books
 @pytest.mark.parametrize("shuffled", [False, True], ids=["raster", "shuffled"])
-def test_logits_depend_on_earlier_tokens_alone(num_codebooks, shuffled):
+def test_logits_depend_on_earlier_tokens_alone(num_codebooks, shuffled, monkeypatch):
     """By gradient: logits of (time t, code d) reach all inputs before it in the sequence, and no other."""
     model = build("autoregressive", num_codebooks=num_codebooks)
     order = some_orders(model) if shuffled else model.raster(2)
-    kept = []
-    model.token_embedding.register_forward_hook(lambda module, inputs, output: kept.append(output) or output)
-    model.token_embedding.weight.requires_grad_(True)
-    logits = model(some_indices(model), torch.tensor([0, 1]), order=order).logits
-    logits = logits.view(2, model.num_positions, num_codebooks, -1)
+    tokens = some_indices(model)
+    embedded = model.embed(model.flat(tokens)).detach().requires_grad_()  # (B, L, n, C)
+    monkeypatch.setattr(model, "embed", lambda tokens: embedded[..., : tokens.shape[-1], :])
+    logits = model(tokens, torch.tensor([0, 1]), order=order).logits.view(2, model.num_positions, num_codebooks, -1)
     for image, time, depth in itertools.product(range(2), range(model.num_positions), range(num_codebooks)):
         place = order[image, time]
-        gradients = torch.autograd.grad(logits[image, place, depth, 0], kept, retain_graph=True, allow_unused=True)
-        reached = sum(g.abs().sum(-1)[:, :, :num_codebooks] if g.shape[2] == num_codebooks else F.pad(g.abs().sum(-1), (0, 1))
-                      for g in gradients if g is not None)  # fmt: skip
+        (gradient,) = torch.autograd.grad(
+            logits[image, place, depth, 0], embedded, retain_graph=True, allow_unused=True, materialize_grads=True
+        )
         expected = torch.zeros(2, model.num_positions, num_codebooks, dtype=torch.bool)
         expected[image, order[image, :time]] = True
         expected[image, place, :depth] = True
-        assert torch.equal(torch.as_tensor(reached) > 0, expected) if expected.any() else not torch.any(
-            torch.as_tensor(reached) > 0
-        )
+        assert torch.equal(gradient.abs().sum(-1) > 0, expected)
 
 
 @books
@@ -262,7 +259,7 @@ def test_random_subsets():
 @both
 @books
 def test_one_generator_per_image_makes_images_independent_of_their_batch(kind, num_codebooks):
-    model = build(kind, num_codebooks=num_codebooks)
+    model = build(kind, num_codebooks=num_codebooks, sample_size=4)
 
     def images(seeds, labels):
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -340,7 +337,8 @@ def test_all_weights_learn_also_with_gradient_checkpointing(kind, num_codebooks)
     model = build(kind, num_codebooks=num_codebooks)
     gradients = []
     for checkpointing in (False, True):
-        (model.gradient_checkpointing_enable if checkpointing else model.gradient_checkpointing_disable)()
+        if checkpointing:  # under its newer name, where it has one
+            getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
         model.train().zero_grad()
         indices = some_indices(model)
         masked = {} if kind == "autoregressive" else {"masked": indices == 0}

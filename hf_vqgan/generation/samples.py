@@ -30,6 +30,7 @@ class LatentSamples(Dataset):
         dataset_name (`str`): For error messages.
         image_column (`str`, *optional*): Column with the images. Default: the only one.
         class_column (`str`, *optional*): Column with class numbers; `classes` then names them.
+        preferred (`tuple[str, ...]`): Encoded columns to take instead of images, the first that is there.
 
     Raises:
         ValueError: if there are neither images nor latents, or no such class column.
@@ -43,8 +44,9 @@ class LatentSamples(Dataset):
         image_column: str | None = None,
         class_column: str | None = None,
         seed: int = 0,
+        preferred: tuple[str, ...] = ("latents", "indices"),
     ):
-        self.kind = next((name for name in ("latents", "indices") if name in rows.column_names), "pixel_values")
+        self.kind = next((name for name in preferred if name in rows.column_names), "pixel_values")
         self.classes: dict[int, str] = {}
         self.labels: list[int] | None = None
         self.reported: set[str] = set()  # unreadable images

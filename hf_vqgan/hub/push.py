@@ -10,13 +10,21 @@ from typing import Any
 
 import torch
 import yaml
+from diffusers import DiffusionPipeline
 from huggingface_hub import HfApi, ModelCard
 
 from ..files.documents import read_mapping, read_settings
 from ..image_processing_vqgan import VQGANImageProcessor
 from ..modeling_vqgan import VQGANModel
-from ..pipelines import VQGANLatentDiffusionPipeline
-from .model_card import add_evaluation, is_local, make_model_card, make_pipeline_card, public_name
+from ..token_pipeline import VQGANTokenPipeline
+from .model_card import (
+    add_evaluation,
+    is_local,
+    make_model_card,
+    make_pipeline_card,
+    make_token_pipeline_card,
+    public_name,
+)
 
 EXTRAS = ("metrics.json", "training_config.yaml", "reconstructions.png", "curves.png", "codebook.png")
 PIPELINE_EXTRAS = ("metrics.json", "training_config.yaml")
@@ -102,11 +110,11 @@ def push_pipeline_to_hub(
     license: str | None = None,
     variant: str | None = None,
     max_shard_size: int | str | None = None,
-    commit_message: str = "Upload latent diffusion pipeline",
+    commit_message: str = "Upload pipeline",
 ) -> str:
     """
-    Push what `train_latent_diffusion` left in `output_dir`: the pipeline, its card with the latest samples, figures and
-    settings, in one commit. Arguments, result and errors are those of `push_run_to_hub`.
+    Push what the training of a latent diffusion or token model left in `output_dir`: the pipeline, its card with the
+    latest samples, figures and settings, in one commit. Arguments, result and errors are those of `push_run_to_hub`.
 
     Raises:
         ValueError: for a variant in shards, which diffusers does not find in a pipeline.
@@ -120,18 +128,21 @@ def push_pipeline_to_hub(
     _check_finished(folder, "model_index.json", *PIPELINE_EXTRAS)
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    pipeline = VQGANLatentDiffusionPipeline.from_pretrained(folder).to(VARIANT_DTYPES.get(variant, torch.float32))
+    pipeline = DiffusionPipeline.from_pretrained(folder).to(VARIANT_DTYPES.get(variant, torch.float32))
+    of_tokens = isinstance(pipeline, VQGANTokenPipeline)
     saving = {"variant": variant} | ({"max_shard_size": max_shard_size} if max_shard_size else {})
     with tempfile.TemporaryDirectory() as staging:
         pipeline.save_pretrained(staging, **saving)
-        shutil.copy(folder / "vqvae" / "config.json", f"{staging}/vqvae")  # names the default dtype, as above
+        for part in ("vqvae", "token_model") if of_tokens else ("vqvae",):
+            shutil.copy(folder / part / "config.json", f"{staging}/{part}")  # names the default dtype, as above
         for name in PIPELINE_EXTRAS:
             shutil.copy(folder / name, staging)
         samples = sorted(folder.glob("samples-*.png"), key=lambda file: int(file.stem.split("-")[1]))
         if samples:
             shutil.copy(samples[-1], f"{staging}/samples.png")
         hide_paths(Path(staging), folder)
-        make_pipeline_card(
+        make_card = make_token_pipeline_card if of_tokens else make_pipeline_card
+        make_card(
             repo_id,
             settings=read_settings(Path(staging, "training_config.yaml")),
             pipeline=pipeline,
@@ -139,7 +150,8 @@ def push_pipeline_to_hub(
             has_samples=bool(samples),
             license=license or _license_there(api, repo_id),
         ).save(f"{staging}/README.md")
-        replaced = [*_weights("vqvae/*model", variant), *_weights("denoiser/diffusion_pytorch_model", variant)]
+        other = "token_model/model" if of_tokens else "denoiser/diffusion_pytorch_model"
+        replaced = [*_weights("vqvae/*model", variant), *_weights(other, variant)]
         return _commit(api, repo_id, staging, replaced, commit_message)
 
 
