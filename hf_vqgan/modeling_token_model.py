@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 from transformers import DynamicCache, LlamaConfig, LlamaModel, PreTrainedModel
 from transformers.generation.logits_process import TopKLogitsWarper, TopPLogitsWarper
@@ -174,6 +175,7 @@ class TokenModel(PreTrainedModel):
         super().__init__(config)
         self.token_embedding = nn.Embedding(config.num_codebooks * self.codes_per_book, config.hidden_size)
         self.class_embedding = nn.Embedding(config.num_classes + 1, config.hidden_size)  # the last: no class
+        self.position_embedding = nn.Embedding(self.num_positions, config.hidden_size)
         self.dropout = nn.Dropout(config.dropout)
         self.transformer = build_transformer(config, config.num_hidden_layers, config.sample_size)
         self.heads = nn.ModuleList(
@@ -194,6 +196,15 @@ class TokenModel(PreTrainedModel):
     def num_positions(self) -> int:
         return self.config.sample_size**2
 
+    @property
+    def compute_device(self) -> torch.device:
+        """Where the layers compute: with offloading, not where their weights are."""
+        for module in self.modules():
+            device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+            if device is not None:
+                return torch.device(device)
+        return self.device
+
     def get_input_embeddings(self) -> nn.Embedding:
         return self.token_embedding
 
@@ -204,7 +215,7 @@ class TokenModel(PreTrainedModel):
     def embed_classes(self, class_labels: Tensor | None, batch: int) -> Tensor:
         """`(B, 1, C)`; `None` means no class."""
         if class_labels is None:
-            class_labels = torch.full((batch,), self.no_class, device=self.device)
+            class_labels = torch.full((batch,), self.no_class, device=self.compute_device)
         return self.class_embedding(class_labels)[:, None]
 
     def flat(self, indices: Tensor) -> Tensor:
@@ -221,13 +232,17 @@ class TokenModel(PreTrainedModel):
         """`(B, L, n, ...)` to the shape of indices, `(B, h, w[, n], ...)`."""
         return flat.reshape(len(flat), *self.config.grid_shape, *flat.shape[3:])
 
+    def raster(self, batch: int) -> Tensor:
+        """The order row by row, `(B, L)`."""
+        return torch.arange(self.num_positions, device=self.compute_device).expand(batch, -1)
+
     def start_sampling(self, class_labels: Tensor | None, batch: int, sampling: Sampling) -> tuple[int, Tensor]:
         """How many images to make, and class numbers for the network: `(B,)`, or `(2B,)` where one guides the other."""
         count = batch if class_labels is None else len(class_labels)
-        no_class = torch.full((count,), self.no_class, device=self.device)
+        no_class = torch.full((count,), self.no_class, device=self.compute_device)
         if class_labels is None:
             return count, no_class
-        class_labels = class_labels.to(self.device)
+        class_labels = class_labels.to(self.compute_device)
         return count, torch.cat([class_labels, no_class]) if sampling.guided(class_labels) else class_labels
 
 
@@ -253,7 +268,6 @@ class AutoregressiveTokenModel(TokenModel):
 
     def __init__(self, config: AutoregressiveTokenConfig):
         super().__init__(config)
-        self.position_embedding = nn.Embedding(self.num_positions, config.hidden_size)
         self.next_embedding = nn.Embedding(self.num_positions, config.hidden_size)
         self.depth_transformer = None
         if config.num_codebooks > 1:
@@ -281,7 +295,9 @@ class AutoregressiveTokenModel(TokenModel):
         order = self.raster(len(tokens)) if order is None else order
         embedded = self.embed(tokens).sum(-2)
         before = embedded.gather(1, order[:, :-1, None].expand(-1, -1, embedded.shape[-1]))
-        before = torch.cat([self.embed_classes(class_labels, len(tokens)), before + self._places(order[:, :-1])], dim=1)
+        before = torch.cat(
+            [self.embed_classes(class_labels, len(tokens)), before + self.position_embedding(order[:, :-1])], dim=1
+        )
         hidden = self.dropout(before + self.next_embedding(order))
         hidden = run_transformer(self.transformer, hidden, F.pad(order[:, :-1] + 1, (1, 0)))
         # Back to the places in the grid: what is predicted at time t belongs to position order[t].
@@ -290,6 +306,7 @@ class AutoregressiveTokenModel(TokenModel):
         wanted = self.config.return_dict if return_dict is None else return_dict
         return TokenModelOutput(logits=logits) if wanted else (logits,)
 
+    @apply_forward_hook
     @torch.no_grad()
     def bits(self, indices: Tensor, class_labels: Tensor | None = None, order: Tensor | None = None) -> Tensor:
         """-log2 p(indices | class), exact, `(B,)`; arguments as for `forward`."""
@@ -297,6 +314,7 @@ class AutoregressiveTokenModel(TokenModel):
         nats = F.cross_entropy(logits.flatten(0, -2), indices.flatten().long(), reduction="none")
         return nats.view(len(indices), -1).sum(1) / math.log(2)
 
+    @apply_forward_hook
     @torch.no_grad()
     def sample(
         self,
@@ -319,7 +337,9 @@ class AutoregressiveTokenModel(TokenModel):
         count, labels = self.start_sampling(class_labels, batch, sampling)
         order = self.raster(count) if order is None else order
         copies = len(labels) // count
-        tokens = torch.zeros(count, self.num_positions, self.config.num_codebooks, dtype=torch.long, device=self.device)
+        tokens = torch.zeros(
+            count, self.num_positions, self.config.num_codebooks, dtype=torch.long, device=self.compute_device
+        )
         cache, hidden, position = DynamicCache(), self.embed_classes(labels, count), torch.zeros_like(order[:, :1])
         for time in progress(range(self.num_positions)):
             place = order[:, time, None]
@@ -327,16 +347,9 @@ class AutoregressiveTokenModel(TokenModel):
             hidden = run_transformer(self.transformer, hidden, position.repeat(copies, 1), cache)
             chosen = self._choose_codes(hidden[:, 0], copies, sampling)
             tokens.scatter_(1, place[..., None].expand(-1, -1, chosen.shape[-1]), chosen[:, None])
-            hidden = (self.embed(chosen).sum(-2)[:, None] + self._places(place)).repeat(copies, 1, 1)
+            hidden = (self.embed(chosen).sum(-2)[:, None] + self.position_embedding(place)).repeat(copies, 1, 1)
             position = place + 1
         return self.grid(tokens)
-
-    def raster(self, batch: int) -> Tensor:
-        """The order row by row, `(B, L)`."""
-        return torch.arange(self.num_positions, device=self.device).expand(batch, -1)
-
-    def _places(self, order: Tensor) -> Tensor:
-        return self.position_embedding(order)
 
     def _depth_logits(self, hidden: Tensor, tokens: Tensor) -> Tensor:
         """Hidden states `(..., C)` and the position's first codes `(..., m)` to logits `(..., min(m + 1, n), K)`."""
@@ -378,7 +391,6 @@ class MaskedTokenModel(TokenModel):
 
     def __init__(self, config: MaskedTokenConfig):
         super().__init__(config)
-        self.position_embedding = nn.Embedding(self.num_positions, config.hidden_size)
         self.post_init()
 
     @property
@@ -402,7 +414,7 @@ class MaskedTokenModel(TokenModel):
         """
         if masked is not None:
             indices = torch.where(masked, self.config.num_vq_embeddings, indices)
-        hidden = self.embed(self.flat(indices)).sum(-2) + self.position_embedding.weight
+        hidden = self.embed(self.flat(indices)).sum(-2) + self.position_embedding(self.raster(1))
         hidden = self.dropout(torch.cat([self.embed_classes(class_labels, len(hidden)), hidden], dim=1))
         length = hidden.shape[1]
         positions = torch.arange(length, device=hidden.device).expand(len(hidden), -1)
@@ -412,6 +424,7 @@ class MaskedTokenModel(TokenModel):
         wanted = self.config.return_dict if return_dict is None else return_dict
         return TokenModelOutput(logits=logits) if wanted else (logits,)
 
+    @apply_forward_hook
     @torch.no_grad()
     def bits_upper_bound(
         self,
@@ -429,17 +442,18 @@ class MaskedTokenModel(TokenModel):
         The estimate has no bias and falls in scatter with `num_draws`, whose k are spread evenly over 1..N.
         """
         count = math.prod(self.config.grid_shape)
-        total = torch.zeros(len(indices), device=self.device)
+        total = torch.zeros(len(indices), device=self.compute_device)
         for number in range(num_draws):
             # (B,) numbers of masked tokens: a random one of each of num_draws equal parts of 1..N
             u = torch.rand(len(indices), generator=generator, dtype=torch.float64)
             k = ((number + u) / num_draws * count).long().clamp(max=count - 1) + 1
-            masked = random_subsets(len(indices), k, count, generator).view(indices.shape).to(self.device)
+            masked = random_subsets(len(indices), k, count, generator).view(indices.shape).to(self.compute_device)
             logits = self(indices, class_labels, masked=masked).logits.float()
             nats = F.cross_entropy(logits.flatten(0, -2), indices.flatten().long(), reduction="none")
             total += (nats.view(indices.shape) * masked).flatten(1).sum(1) * (count / k).to(total)
         return total / num_draws / math.log(2)
 
+    @apply_forward_hook
     @torch.no_grad()
     def sample(
         self,
@@ -469,13 +483,13 @@ class MaskedTokenModel(TokenModel):
         batch, labels = self.start_sampling(class_labels, batch, sampling)
         copies, count = len(labels) // batch, math.prod(self.config.grid_shape)
         steps = min(num_inference_steps, count)
-        tokens = torch.zeros(batch, *self.config.grid_shape, dtype=torch.long, device=self.device)
+        tokens = torch.zeros(batch, *self.config.grid_shape, dtype=torch.long, device=self.compute_device)
         masked = torch.ones_like(tokens, dtype=torch.bool)
         for step in progress(range(1, steps + 1)):
             repeats = (copies, *[1] * (tokens.ndim - 1))
             logits = self(tokens.repeat(repeats), labels, masked=masked.repeat(repeats)).logits.float()
             chosen, confidence = sampling.choose(sampling.guide(logits) if copies == 2 else logits)
-            gumbel = -exponential(tokens.shape, sampling.generator, self.device).log()
+            gumbel = -exponential(tokens.shape, sampling.generator, self.compute_device).log()
             confidence = confidence + choice_temperature * (1 - step / steps) * gumbel
             # Every pass fills in at least one token, and leaves at least one to each pass that follows.
             before = masked_count(step - 1, steps, count)

@@ -63,6 +63,7 @@ class VQGANTokenPipeline(DiffusionPipeline):
         top_k: int = 0,
         top_p: float = 1.0,
         num_inference_steps: int | None = None,
+        choice_temperature: float | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
@@ -80,6 +81,8 @@ class VQGANTokenPipeline(DiffusionPipeline):
             num_inference_steps (`int`, *optional*):
                 Passes of a masked model, 12 by default. An autoregressive one takes one per position, and no other
                 number.
+            choice_temperature (`float`, *optional*):
+                Masked models: chance in which tokens stay, 4.5 by default; more makes images more diverse.
             generator (`torch.Generator` or one per image, *optional*): Source of all chance.
             output_type (`str`):
                 `"pil"`; `"np"`, `(B, H, W, 3)` in [0, 1]; `"pt"`, `(B, 3, H, W)` in [0, 1]; `"indices"`, `(B, h, w)` or
@@ -98,7 +101,11 @@ class VQGANTokenPipeline(DiffusionPipeline):
         sampling = Sampling(guidance_scale, temperature, top_k, top_p, generator)
         labels = self._labels(class_labels, num_images, guidance_scale)
         indices = self.token_model.sample(
-            labels, num_images, sampling, progress=self.progress_bar, **self._steps(num_inference_steps)
+            labels,
+            num_images,
+            sampling,
+            progress=self.progress_bar,
+            **self._schedule(num_inference_steps, choice_temperature),
         )
         images: Tensor | np.ndarray | list = indices
         if output_type != "indices":
@@ -108,17 +115,19 @@ class VQGANTokenPipeline(DiffusionPipeline):
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
-    def _steps(self, wanted: int | None) -> dict[str, int]:
-        """`num_inference_steps` for `sample`, where it is a choice and was made."""
-        if wanted is None:
-            return {}
+    def _schedule(self, steps: int | None, choice_temperature: float | None) -> dict[str, float]:
+        """What a masked model's `sample` is to know besides, where it was said."""
         if isinstance(self.token_model, MaskedTokenModel):
-            return {"num_inference_steps": wanted}
-        if wanted != self.token_model.num_positions:
+            wanted = {"num_inference_steps": steps, "choice_temperature": choice_temperature}
+            return {name: value for name, value in wanted.items() if value is not None}
+        positions = self.token_model.num_positions
+        if steps not in (None, positions):
             raise ValueError(
-                f"num_inference_steps={wanted}: an autoregressive model takes one step per position, "
-                f"{self.token_model.num_positions} of them. Leave it out."
+                f"num_inference_steps={steps}: an autoregressive model takes one step per position, {positions} of "
+                "them. Leave it out."
             )
+        if choice_temperature is not None:
+            raise ValueError(f"choice_temperature={choice_temperature} is for masked models. Leave it out.")
         return {}
 
     def _labels(self, class_labels, num_images: int, guidance_scale: float) -> Tensor | None:

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from accelerate import cpu_offload, cpu_offload_with_hook
+from accelerate.hooks import remove_hook_from_module
 from conftest import SPECIAL, TINY
 from hub_server import LoopbackHub
 from PIL import Image
@@ -90,6 +92,33 @@ def test_steps_are_shown_and_belong_to_masked_models(trained_model, capsys):
         assert shown in capsys.readouterr().err
     with pytest.raises(ValueError, match="num_inference_steps=12: an autoregressive model takes one step per position"):
         autoregressive(num_inference_steps=12)
+    with pytest.raises(ValueError, match="choice_temperature=1.0 is for masked models"):
+        autoregressive(choice_temperature=1.0)
+    images = [
+        masked(generator=seeded(), choice_temperature=chance, output_type="indices").images for chance in (4.5, 0)
+    ]
+    assert torch.equal(masked(generator=seeded(), output_type="indices").images, images[0])
+    assert not torch.equal(*images)
+
+
+def test_offloaded_models_sample_the_same(pipeline):
+    """Weights elsewhere: fetched layer by layer, and as a whole."""
+
+    def images():
+        return pipeline(class_labels=[0, 1], guidance_scale=2.0, generator=seeded(), output_type="pt").images
+
+    expected, hooks = images(), []
+    for part in pipeline.components.values():
+        if isinstance(part, torch.nn.Module):
+            part, hook = cpu_offload_with_hook(part, "cpu")
+            hooks.append(hook)
+    torch.testing.assert_close(images(), expected)
+    for part in pipeline.components.values():
+        if isinstance(part, torch.nn.Module):
+            remove_hook_from_module(part)
+            cpu_offload(part, torch.device("cpu"))
+    assert pipeline.token_model.device.type == "meta"
+    torch.testing.assert_close(images(), expected)
 
 
 def test_bfloat16(pipeline):

@@ -75,8 +75,8 @@ class TokenTrainingConfig:
     # What it learns
     random_order: float = option(
         0.0,
-        "Autoregressive: until this share of the training, some samples come in random order: at first all, then ever "
-        "fewer (RAR). 0: always row by row.",
+        "Autoregressive: positions come in random order at first, in ever fewer samples from 2/3 of this share of the "
+        "training on, and row by row after it (RAR: 0.75). 0: always row by row.",
         at_least=0,
         at_most=1,
     )
@@ -247,10 +247,10 @@ def draw_mask(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
 
 def shuffled_share(progress: float, random_order: float) -> float:
     """
-    Share of samples in random order: falls from 1 at the start to 0 where `progress`, of the training, in [0, 1], is
-    `random_order` (RAR's annealing, section 3.2 of https://huggingface.co/papers/2411.00776, from the first step on).
+    Share of samples in random order at `progress` in [0, 1] of the training: all until 2/3 of `random_order`, then
+    linearly fewer, and none from `random_order` on. RAR (https://huggingface.co/papers/2411.00776) has 0.75.
     """
-    return max(0.0, 1 - progress / random_order) if random_order else 0.0
+    return min(1.0, max(0.0, 3 * (1 - progress / random_order))) if random_order else 0.0
 
 
 def token_loss(model: nn.Module, indices: Tensor, class_labels: Tensor | None, draws: Draws) -> Tensor:

@@ -282,9 +282,9 @@ TOKEN_PIPELINE_TEMPLATE = """---
 
 # {{ name }}
 
-{{ "Class-conditional" if classes else "Unconditional" }} images of {{ side }}x{{ side }} pixels from {{ tokens }} tokens
-of a VQ-GAN: {{ "an autoregressive" if autoregressive else "a masked" }} model of {{ millions }} M parameters. Trained
-with hf_vqgan.
+{{ "Class-conditional" if classes else "Unconditional" }} images of {{ side }}x{{ side }} pixels from {{ tokens }}
+tokens of a VQ-GAN: {{ "an autoregressive" if autoregressive else "a masked" }} model of {{ millions }} M parameters.
+Trained with hf_vqgan.
 {% if has_samples %}
 ![samples](samples.png)
 {% if classes %}
