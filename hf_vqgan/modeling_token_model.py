@@ -8,6 +8,7 @@ numbered row by row.
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -21,8 +22,8 @@ from .configuration_token_model import AutoregressiveTokenConfig, MaskedTokenCon
 
 ROTATION_BASE = 100.0  # wavelengths from 2π to 2π * base positions: grids have tens of them per side
 
-Generators = torch.Generator | list[torch.Generator] | None
-Progress = Callable[[Iterable], Iterable]
+Generators: TypeAlias = torch.Generator | list[torch.Generator] | None
+Progress: TypeAlias = Callable[[Iterable], Iterable]
 
 
 @dataclass
@@ -137,6 +138,8 @@ def build_transformer(config: TokenModelConfig, num_layers: int, width: int) -> 
         attention_dropout=config.dropout,
         initializer_range=config.initializer_range,
         use_cache=False,
+        bos_token_id=None,
+        eos_token_id=None,
         attn_implementation=config._attn_implementation,
     )
     transformer = LlamaModel(llama)
