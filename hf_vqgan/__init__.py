@@ -7,7 +7,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel
 from .configuration_token_model import AutoregressiveTokenConfig, MaskedTokenConfig
 from .configuration_vqgan import VQGANConfig
 from .image_processing_vqgan import VQGANImageProcessor
-from .modeling_token_model import AutoregressiveTokenModel, MaskedTokenModel, Sampling, TokenModelOutput
+from .modeling_token_model import AutoregressiveTokenModel, MaskedTokenModel, TokenModelOutput, TokenSampling
 from .modeling_vqgan import VQGANEncoderOutput, VQGANModel, VQGANOutput
 from .pipelines import VQGANLatentDiffusionPipeline
 from .quantizers import QUANTIZERS, QuantizerOutput
@@ -21,7 +21,7 @@ __all__ = [
     "MaskedTokenConfig",
     "MaskedTokenModel",
     "QuantizerOutput",
-    "Sampling",
+    "TokenSampling",
     "TokenModelOutput",
     "VQGANConfig",
     "VQGANEncoderOutput",

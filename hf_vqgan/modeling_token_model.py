@@ -1,4 +1,4 @@
-"""Models of a VQ-GAN's tokens, one token after another or by filling in masked ones, on transformers' Llama layers.
+"""Models of a VQ-GAN's tokens, autoregressive and masked, built from transformers' Llama layers.
 
 Legend: B images, a grid of h x w = L positions, n codes per position, K codes in a codebook, C channels. An image's
 indices are `(B, h, w)`, with several codes per position `(B, h, w, n)`; in here they are `(B, L, n)`. Positions are
@@ -37,18 +37,18 @@ class TokenModelOutput(ModelOutput):
 
 
 @dataclass
-class Sampling:
+class TokenSampling:
     """
-    How to choose a token, given its logits.
+    How tokens are drawn from their logits.
 
     Args:
         guidance_scale (`float`):
             w of classifier-free guidance (https://huggingface.co/papers/2207.12598), on logits: without + w * (with -
             without). 1 means no guidance, at half the work.
         temperature (`float`): Divides the logits; 0 takes the likeliest token.
-        top_k (`int`): Choose among so many likeliest tokens; 0 for all.
-        top_p (`float`): Choose among the likeliest tokens that have this probability together; 1 for all.
-        generator (`torch.Generator` or one per image, *optional*): Source of all chance.
+        top_k (`int`): Keep the k likeliest tokens; 0 keeps all.
+        top_p (`float`): Keep the likeliest tokens whose probabilities add up to p; 1 keeps all.
+        generator (`torch.Generator` or one per image, *optional*): Source of randomness.
 
     Raises:
         ValueError: for values out of bounds.
@@ -78,21 +78,18 @@ class Sampling:
         with_class, without = logits.chunk(2)
         return without + self.guidance_scale * (with_class - without)
 
-    def choose(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits `(B, ..., K)`, float32, to tokens `(B, ...)` and their log-probabilities before top-k and top-p."""
+    def choose(self, logits: Tensor) -> Tensor:
+        """Logits `(B, ..., K)`, float32, to tokens `(B, ...)`."""
         if self.temperature == 0:
-            tokens = logits.argmax(-1)
-            return tokens, logits.log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
-        logits = logits / self.temperature
-        kept = logits.flatten(0, -2)
+            return logits.argmax(-1)
+        kept = logits.flatten(0, -2) / self.temperature
         if 0 < self.top_k < logits.shape[-1]:
             kept = TopKLogitsWarper(self.top_k)(None, kept)
         if self.top_p < 1:
             kept = TopPLogitsWarper(self.top_p)(None, kept)
         # Of exponential clocks with rates p, the first to ring is a draw from p.
         clocks = exponential(logits.shape, self.generator, logits.device)
-        tokens = (kept.view(logits.shape) - clocks.log()).argmax(-1)
-        return tokens, logits.log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
+        return (kept.view(logits.shape) - clocks.log()).argmax(-1)
 
 
 def exponential(shape: tuple[int, ...], generator: Generators, device: torch.device) -> Tensor:
@@ -239,7 +236,7 @@ class TokenModel(PreTrainedModel):
         """The order row by row, `(B, L)`."""
         return torch.arange(self.num_positions, device=self.compute_device).expand(batch, -1)
 
-    def start_sampling(self, class_labels: Tensor | None, batch: int, sampling: Sampling) -> tuple[int, Tensor]:
+    def start_sampling(self, class_labels: Tensor | None, batch: int, sampling: TokenSampling) -> tuple[int, Tensor]:
         """How many images to make, and class numbers for the network: `(B,)`, or `(2B,)` where one guides the other."""
         count = batch if class_labels is None else len(class_labels)
         no_class = torch.full((count,), self.no_class, device=self.compute_device)
@@ -263,7 +260,7 @@ class AutoregressiveTokenModel(TokenModel):
     ```python
     model = AutoregressiveTokenModel(AutoregressiveTokenConfig(num_vq_embeddings=512, num_classes=10))
     bits = model.bits(vqgan.encode_indices(pixel_values), class_labels)  # (B,)
-    indices = model.sample(class_labels, sampling=Sampling(guidance_scale=2.0))  # (B, 16, 16)
+    indices = model.sample(class_labels, sampling=TokenSampling(guidance_scale=2.0))  # (B, 16, 16)
     ```
     """
 
@@ -323,7 +320,7 @@ class AutoregressiveTokenModel(TokenModel):
         self,
         class_labels: Tensor | None = None,
         batch: int = 1,
-        sampling: Sampling | None = None,
+        sampling: TokenSampling | None = None,
         order: Tensor | None = None,
         progress: Progress = iter,
     ) -> Tensor:
@@ -336,7 +333,7 @@ class AutoregressiveTokenModel(TokenModel):
             order (`Tensor` of shape `(B, L)`, *optional*): As for `forward`.
             progress (`Callable`): Wraps the iterable over positions, as tqdm does.
         """
-        sampling = sampling or Sampling()
+        sampling = sampling or TokenSampling()
         count, labels = self.start_sampling(class_labels, batch, sampling)
         order = self.raster(count) if order is None else order
         copies = len(labels) // count
@@ -366,12 +363,12 @@ class AutoregressiveTokenModel(TokenModel):
         depths = run_transformer(self.depth_transformer, rows, positions).view(inputs.shape)
         return torch.stack([head(depths[..., d, :]) for d, head in enumerate(self.heads[: rows.shape[1]])], dim=-2)
 
-    def _choose_codes(self, hidden: Tensor, copies: int, sampling: Sampling) -> Tensor:
+    def _choose_codes(self, hidden: Tensor, copies: int, sampling: TokenSampling) -> Tensor:
         """Hidden states `(B, C)`, or `(2B, C)` with guidance, to the codes of one position, `(B, n)`."""
         chosen = torch.zeros(len(hidden) // copies, 0, dtype=torch.long, device=hidden.device)
         for _ in range(self.config.num_codebooks):
             logits = self._depth_logits(hidden, chosen.repeat(copies, 1))[:, -1].float()
-            code, _ = sampling.choose(sampling.guide(logits) if copies == 2 else logits)
+            code = sampling.choose(sampling.guide(logits) if copies == 2 else logits)
             chosen = torch.cat([chosen, code[:, None]], dim=1)
         return chosen
 
@@ -386,7 +383,7 @@ class MaskedTokenModel(TokenModel):
     Example:
     ```python
     model = MaskedTokenModel(MaskedTokenConfig(num_vq_embeddings=512, num_classes=10))
-    indices = model.sample(class_labels, num_inference_steps=12, sampling=Sampling(guidance_scale=2.0))
+    indices = model.sample(class_labels, num_inference_steps=12, sampling=TokenSampling(guidance_scale=2.0))
     ```
     """
 
@@ -442,7 +439,7 @@ class MaskedTokenModel(TokenModel):
 
         The bound is -E log2 p(indices | order) over all orders (https://huggingface.co/papers/2110.02037), which is
         N / k * Σ -log2 p(token | tokens not masked) on average over k, uniform in 1..N, and the k masked tokens.
-        The estimate has no bias and falls in scatter with `num_draws`, whose k are spread evenly over 1..N.
+        The estimate is unbiased; its variance falls with `num_draws`, whose k are spread evenly over 1..N.
         """
         count = math.prod(self.config.grid_shape)
         total = torch.zeros(len(indices), device=self.compute_device)
@@ -462,50 +459,55 @@ class MaskedTokenModel(TokenModel):
         self,
         class_labels: Tensor | None = None,
         batch: int = 1,
-        sampling: Sampling | None = None,
+        sampling: TokenSampling | None = None,
         num_inference_steps: int = 12,
         choice_temperature: float = 4.5,
         progress: Progress = iter,
     ) -> Tensor:
         """
-        Draw images' indices `(B, h, w)` or `(B, h, w, n)` in `num_inference_steps` passes, at most one per token.
+        Draw images' indices `(B, h, w)` or `(B, h, w, n)` in `num_inference_steps` passes.
 
-        After each pass the tokens with the highest confidence stay, so many that a share cos(π/2 * progress) is masked.
-        Confidence is log p of the token drawn, plus Gumbel noise that falls linearly to zero.
+        Each pass draws all masked tokens and keeps those with the highest confidence, so that the share cos(π/2 * t)
+        stays masked at progress t. Confidence is log p of a token drawn, plus Gumbel noise that falls linearly to zero.
 
         Args:
             class_labels, batch, progress: As for [`AutoregressiveTokenModel.sample`].
-            choice_temperature (`float`): Scale of that noise at the start.
+            num_inference_steps (`int`): Passes; more than there are tokens are as many as there are tokens.
+            choice_temperature (`float`): Scale of the noise at the start.
         """
-        sampling = sampling or Sampling()
+        sampling = sampling or TokenSampling()
         if num_inference_steps < 1 or not choice_temperature >= 0:
             raise ValueError(
                 f"num_inference_steps={num_inference_steps} must be at least 1, and choice_temperature="
                 f"{choice_temperature} at least 0."
             )
         batch, labels = self.start_sampling(class_labels, batch, sampling)
-        copies, count = len(labels) // batch, math.prod(self.config.grid_shape)
+        count = math.prod(self.config.grid_shape)
         steps = min(num_inference_steps, count)
-        tokens = torch.zeros(batch, *self.config.grid_shape, dtype=torch.long, device=self.compute_device)
+        tokens = labels.new_zeros(batch, *self.config.grid_shape)
         masked = torch.ones_like(tokens, dtype=torch.bool)
+        copies = (len(labels) // batch, *[1] * (tokens.ndim - 1))  # two where one guides the other
         for step in progress(range(1, steps + 1)):
-            repeats = (copies, *[1] * (tokens.ndim - 1))
-            logits = self(tokens.repeat(repeats), labels, masked=masked.repeat(repeats)).logits.float()
-            chosen, confidence = sampling.choose(sampling.guide(logits) if copies == 2 else logits)
-            gumbel = -exponential(tokens.shape, sampling.generator, self.compute_device).log()
-            confidence = confidence + choice_temperature * (1 - step / steps) * gumbel
-            # Every pass fills in at least one token, and leaves at least one to each pass that follows.
-            before = masked_count(step - 1, steps, count)
-            confidence = confidence.masked_fill(~masked, -math.inf).flatten(1)
+            logits = self(tokens.repeat(copies), labels, masked=masked.repeat(copies)).logits.float()
+            if copies[0] == 2:
+                logits = sampling.guide(logits)
+            chosen = sampling.choose(logits)
+            gumbel = -exponential(tokens.shape, sampling.generator, tokens.device).log()
+            confidence = logits.log_softmax(-1).gather(-1, chosen[..., None])[..., 0]
+            confidence += choice_temperature * (1 - step / steps) * gumbel
+            number = masked_count(step - 1, steps, count) - masked_count(step, steps, count)
             filled = torch.zeros_like(masked).flatten(1)
-            filled.scatter_(1, confidence.topk(before - masked_count(step, steps, count), dim=1).indices, True)
+            filled.scatter_(1, confidence.masked_fill(~masked, -math.inf).flatten(1).topk(number).indices, True)
             filled = filled.view_as(masked)
             tokens, masked = torch.where(filled, chosen, tokens), masked & ~filled
         return tokens
 
 
 def masked_count(step: int, steps: int, count: int) -> int:
-    """How many of `count` tokens are masked after so many of `steps` <= count passes: cosine, strictly falling."""
+    """
+    How many of `count` tokens are masked after `step` of `steps` <= count passes: the cosine schedule, but each pass
+    fills in at least one token and leaves one for every pass that follows.
+    """
     cosine = math.floor(math.cos(math.pi / 2 * step / steps) * count)
     return min(max(cosine, steps - step), count - step)
 

@@ -1,4 +1,4 @@
-"""Sampling images from a model of a VQ-GAN's tokens."""
+"""TokenSampling images from a model of a VQ-GAN's tokens."""
 
 import numpy as np
 import torch
@@ -6,7 +6,7 @@ from diffusers import DiffusionPipeline, ImagePipelineOutput
 from diffusers.image_processor import VaeImageProcessor
 from torch import Tensor
 
-from .modeling_token_model import AutoregressiveTokenModel, MaskedTokenModel, Sampling
+from .modeling_token_model import AutoregressiveTokenModel, MaskedTokenModel, TokenSampling
 from .modeling_vqgan import VQGANModel
 from .pipelines import class_numbers
 
@@ -17,7 +17,7 @@ class VQGANTokenPipeline(DiffusionPipeline):
     r"""
     Unconditional or class-conditional images from a model of a VQ-GAN's tokens, autoregressive or masked.
 
-    Logits are chosen from in float32; the networks may be in any dtype.
+    Tokens are drawn from logits in float32; the networks may be in any dtype.
 
     Args:
         vqvae ([`VQGANModel`]): Decodes the tokens.
@@ -76,14 +76,14 @@ class VQGANTokenPipeline(DiffusionPipeline):
                 w of classifier-free guidance: away from the prediction without class, towards and past (w > 1) the one
                 with it. 1 means no guidance, at half the work.
             temperature (`float`): Divides the logits; 0 takes the likeliest token.
-            top_k (`int`): Choose each token among so many likeliest ones; 0 for all.
-            top_p (`float`): Choose among the likeliest tokens that have this probability together; 1 for all.
+            top_k (`int`): Draw each token from the k likeliest; 0 for all.
+            top_p (`float`): Draw each token from the likeliest ones whose probabilities add up to p; 1 for all.
             num_inference_steps (`int`, *optional*):
                 Passes of a masked model, 12 by default. An autoregressive one takes one per position, and no other
                 number.
             choice_temperature (`float`, *optional*):
-                Masked models: chance in which tokens stay, 4.5 by default; more makes images more diverse.
-            generator (`torch.Generator` or one per image, *optional*): Source of all chance.
+                Masked models: randomness in which tokens are kept, 4.5 by default; more makes images more diverse.
+            generator (`torch.Generator` or one per image, *optional*): Source of randomness.
             output_type (`str`):
                 `"pil"`; `"np"`, `(B, H, W, 3)` in [0, 1]; `"pt"`, `(B, 3, H, W)` in [0, 1]; `"indices"`, `(B, h, w)` or
                 `(B, h, w, n)`, ready for `vqvae.decode_indices`.
@@ -98,7 +98,7 @@ class VQGANTokenPipeline(DiffusionPipeline):
             raise ValueError(f"output_type={output_type!r} must be one of {', '.join(map(repr, OUTPUT_TYPES))}.")
         if num_images < 1:
             raise ValueError(f"num_images={num_images} must be at least 1.")
-        sampling = Sampling(guidance_scale, temperature, top_k, top_p, generator)
+        sampling = TokenSampling(guidance_scale, temperature, top_k, top_p, generator)
         labels = self._labels(class_labels, num_images, guidance_scale)
         indices = self.token_model.sample(
             labels,

@@ -231,7 +231,7 @@ def test_pushed_with_a_card(trained_model, tmp_path):
         assert {"samples.png", "token_model/model.safetensors", "token_model/model.bf16.safetensors"} <= set(files)
         card = files["README.md"].decode()
         assert "license: mit" in card and "base_model: user/vqgan" in card and "- user/images" in card
-        assert "Classes: cat, dog, eel." in card and "from 8 x 8 tokens" in card
+        assert "Classes: cat, dog, eel." in card and "8 x 8\ntokens" in card
         call = card.split("= pipeline(")[1].split(").images")[0]
         assert len(eval(f"pipeline({call})", {"pipeline": pipelines[kind]}).images) == 2
         assert ("exact code length" in card) == (kind == "autoregressive")
