@@ -87,19 +87,19 @@ class TokenSampling:
             kept = TopKLogitsWarper(self.top_k)(None, kept)
         if self.top_p < 1:
             kept = TopPLogitsWarper(self.top_p)(None, kept)
-        # Of exponential clocks with rates p, the first to ring is a draw from p.
-        clocks = exponential(logits.shape, self.generator, logits.device)
-        return (kept.view(logits.shape) - clocks.log()).argmax(-1)
+        # The first token up to which the probabilities add up to u: one that was filtered out adds nothing.
+        sums = kept.softmax(-1).cumsum(-1).view(logits.shape)
+        u = uniform(logits.shape[:-1], self.generator, logits.device) * sums[..., -1]
+        return torch.searchsorted(sums, u[..., None])[..., 0]
 
 
-def exponential(shape: tuple[int, ...], generator: Generators, device: torch.device) -> Tensor:
-    """Independent Exp(1) variables, float32, drawn where the generator is; with one generator per image, row by row."""
+def uniform(shape: tuple[int, ...], generator: Generators, device: torch.device) -> Tensor:
+    """Numbers in (0, 1], float32, drawn where the generator is; with one generator per image, row by row."""
     if isinstance(generator, list):
         if len(generator) != shape[0]:
             raise ValueError(f"{len(generator)} generators for {shape[0]} images: give one, or one per image.")
-        return torch.cat([exponential((1, *shape[1:]), one, device) for one in generator])
-    drawn = torch.empty(shape, device=device if generator is None else generator.device)
-    return drawn.exponential_(generator=generator).clamp_(min=torch.finfo(drawn.dtype).tiny).to(device)
+        return torch.cat([uniform((1, *shape[1:]), one, device) for one in generator])
+    return 1 - torch.rand(shape, generator=generator, device=generator.device if generator else device).to(device)
 
 
 class GridRotation(nn.Module):
@@ -295,9 +295,8 @@ class AutoregressiveTokenModel(TokenModel):
         order = self.raster(len(tokens)) if order is None else order
         embedded = self.embed(tokens).sum(-2)
         before = embedded.gather(1, order[:, :-1, None].expand(-1, -1, embedded.shape[-1]))
-        before = torch.cat(
-            [self.embed_classes(class_labels, len(tokens)), before + self.position_embedding(order[:, :-1])], dim=1
-        )
+        before = before + self.position_embedding(order[:, :-1])
+        before = torch.cat([self.embed_classes(class_labels, len(tokens)), before], dim=1)
         hidden = self.dropout(before + self.next_embedding(order))
         hidden = run_transformer(self.transformer, hidden, F.pad(order[:, :-1] + 1, (1, 0)))
         # Back to the places in the grid: what is predicted at time t belongs to position order[t].
@@ -337,9 +336,7 @@ class AutoregressiveTokenModel(TokenModel):
         count, labels = self.start_sampling(class_labels, batch, sampling)
         order = self.raster(count) if order is None else order
         copies = len(labels) // count
-        tokens = torch.zeros(
-            count, self.num_positions, self.config.num_codebooks, dtype=torch.long, device=self.compute_device
-        )
+        tokens = order.new_zeros(count, self.num_positions, self.config.num_codebooks)
         cache, hidden, position = DynamicCache(), self.embed_classes(labels, count), torch.zeros_like(order[:, :1])
         for time in progress(range(self.num_positions)):
             place = order[:, time, None]
@@ -365,7 +362,7 @@ class AutoregressiveTokenModel(TokenModel):
 
     def _choose_codes(self, hidden: Tensor, copies: int, sampling: TokenSampling) -> Tensor:
         """Hidden states `(B, C)`, or `(2B, C)` with guidance, to the codes of one position, `(B, n)`."""
-        chosen = torch.zeros(len(hidden) // copies, 0, dtype=torch.long, device=hidden.device)
+        chosen = hidden.new_zeros(len(hidden) // copies, 0, dtype=torch.long)
         for _ in range(self.config.num_codebooks):
             logits = self._depth_logits(hidden, chosen.repeat(copies, 1))[:, -1].float()
             code = sampling.choose(sampling.guide(logits) if copies == 2 else logits)
@@ -492,7 +489,7 @@ class MaskedTokenModel(TokenModel):
             if copies[0] == 2:
                 logits = sampling.guide(logits)
             chosen = sampling.choose(logits)
-            gumbel = -exponential(tokens.shape, sampling.generator, tokens.device).log()
+            gumbel = -(-uniform(tokens.shape, sampling.generator, tokens.device).clamp(max=1 - 2**-24).log()).log()
             confidence = logits.log_softmax(-1).gather(-1, chosen[..., None])[..., 0]
             confidence += choice_temperature * (1 - step / steps) * gumbel
             number = masked_count(step - 1, steps, count) - masked_count(step, steps, count)

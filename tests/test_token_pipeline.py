@@ -19,7 +19,7 @@ from PIL import Image
 from test_token_models import KINDS, SMALL, both
 
 from hf_vqgan import QUANTIZERS, VQGANConfig, VQGANModel, VQGANTokenPipeline
-from hf_vqgan.generation.tokens import TokenTrainingConfig, build_token_model
+from hf_vqgan.generation.tokens import TokenTrainingConfig, build_token_model, draw_samples
 from hf_vqgan.hub.push import push_pipeline_to_hub
 
 NAMES = {0: "cat", 1: "dog", 2: "eel"}
@@ -235,6 +235,17 @@ def test_pushed_with_a_card(trained_model, tmp_path):
         call = card.split("= pipeline(")[1].split(").images")[0]
         assert len(eval(f"pipeline({call})", {"pipeline": pipelines[kind]}).images) == 2
         assert ("exact code length" in card) == (kind == "autoregressive")
+
+
+@both
+@pytest.mark.parametrize("classes, count, columns, rows", [(3, 7, 2, 3), (3, 2, 1, 2), (0, 5, 3, 2)])
+def test_grid_of_samples(kind, trained_model, classes, count, columns, rows):
+    """A row per class, as many as there is room for; without classes, about a square."""
+    pipeline = pipeline_of(trained_model, kind, classes)
+    config = TokenTrainingConfig(vqgan="x", dataset_name="x", token_model=kind, sample_images=count, sample_top_k=3)
+    grid = draw_samples(pipeline, config)
+    assert grid.size == (columns * 18 + 2, rows * 18 + 2)
+    assert draw_samples(pipeline, config) == grid
 
 
 def test_the_trainer_builds_what_the_pipeline_takes(trained_model):

@@ -6,11 +6,15 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
+from torchvision.transforms.v2 import functional as tvF
+from torchvision.utils import make_grid
 
 from ..configuration_token_model import AutoregressiveTokenConfig, MaskedTokenConfig, TokenModelConfig
 from ..modeling_token_model import AutoregressiveTokenModel, MaskedTokenModel, random_subsets
 from ..modeling_vqgan import VQGANModel
+from ..token_pipeline import VQGANTokenPipeline
 from ..training.configuration import LR_SCHEDULERS, MAX_SEED, TRACKERS, check_values, option
 
 MEAN_MASKED = 2 / math.pi  # the mean of cos(π/2 * u)
@@ -268,3 +272,23 @@ def token_loss(model: nn.Module, indices: Tensor, class_labels: Tensor | None, d
     (logits,) = model(indices, class_labels, masked=draws.masked, return_dict=False)
     total = F.cross_entropy(logits[draws.masked].float(), indices[draws.masked], reduction="sum")
     return total / (indices.numel() * MEAN_MASKED)
+
+
+def draw_samples(pipeline: VQGANTokenPipeline, config: TokenTrainingConfig) -> Image.Image:
+    """A grid of samples, the same randomness every time; with classes, one row per class (as many as there is room)."""
+    classes = len(pipeline.config.id2label or {})
+    per_row = max(1, config.sample_images // classes) if classes else math.ceil(config.sample_images**0.5)
+    rows = min(classes, config.sample_images)
+    pipeline.set_progress_bar_config(disable=True)
+    images = pipeline(
+        num_images=per_row if classes else config.sample_images,
+        class_labels=list(range(rows)) if classes else None,
+        guidance_scale=config.sample_guidance_scale if classes else 1.0,
+        temperature=config.sample_temperature,
+        top_k=config.sample_top_k,
+        top_p=config.sample_top_p,
+        num_inference_steps=config.sample_inference_steps if config.token_model == "masked" else None,
+        generator=torch.Generator().manual_seed(config.seed),
+        output_type="pt",
+    ).images
+    return tvF.to_pil_image(make_grid(images.float().cpu(), nrow=per_row, pad_value=1.0))
