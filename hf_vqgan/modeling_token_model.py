@@ -8,10 +8,12 @@ numbered row by row.
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
+from diffusers.hooks import apply_group_offloading
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 from transformers import DynamicCache, LlamaConfig, LlamaModel, PreTrainedModel
@@ -69,9 +71,6 @@ class TokenSampling:
             raise ValueError(f"top_k={self.top_k} must be at least 0, which means all tokens.")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p={self.top_p} must be in (0, 1]; 1 means all tokens.")
-
-    def guided(self, class_labels: Tensor | None) -> bool:
-        return class_labels is not None and self.guidance_scale != 1
 
     def guide(self, logits: Tensor) -> Tensor:
         """Logits `(2B, ...)`, with the class and without, to those to choose by, `(B, ...)`."""
@@ -196,14 +195,18 @@ class TokenModel(PreTrainedModel):
     def num_positions(self) -> int:
         return self.config.sample_size**2
 
-    @property
-    def compute_device(self) -> torch.device:
-        """Where the layers compute: with offloading, not where their weights are."""
-        for module in self.modules():
-            device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
-            if device is not None:
-                return torch.device(device)
-        return self.device
+    def enable_group_offload(
+        self, onload_device: torch.device | str, offload_to_disk_path: str | None = None, **options
+    ) -> None:
+        """
+        Keep weights elsewhere, and bring groups of layers to `onload_device` as they run; arguments as for
+        [`VQGANModel.enable_group_offload`]. Part by part, since sampling calls parts and not the whole.
+        """
+        parts = {name: part for name, part in self.named_children() if name != "heads"}
+        for name, part in (parts | {f"head{number}": head for number, head in enumerate(self.heads)}).items():
+            if next(part.parameters(), None) is not None:
+                folder = offload_to_disk_path and str(Path(offload_to_disk_path) / name)
+                apply_group_offloading(part, torch.device(onload_device), offload_to_disk_path=folder, **options)
 
     def get_input_embeddings(self) -> nn.Embedding:
         return self.token_embedding
@@ -212,10 +215,10 @@ class TokenModel(PreTrainedModel):
         """Codes `(..., n)` to vectors `(..., n, C)`."""
         return self.token_embedding(tokens + torch.arange(tokens.shape[-1], device=tokens.device) * self.codes_per_book)
 
-    def embed_classes(self, class_labels: Tensor | None, batch: int) -> Tensor:
-        """`(B, 1, C)`; `None` means no class."""
+    def embed_classes(self, class_labels: Tensor | None, indices: Tensor) -> Tensor:
+        """The classes of `indices`, `(B, 1, C)`; `None` means no class."""
         if class_labels is None:
-            class_labels = torch.full((batch,), self.no_class, device=self.compute_device)
+            class_labels = torch.full(indices.shape[:1], self.no_class, device=indices.device)
         return self.class_embedding(class_labels)[:, None]
 
     def flat(self, indices: Tensor) -> Tensor:
@@ -232,18 +235,17 @@ class TokenModel(PreTrainedModel):
         """`(B, L, n, ...)` to the shape of indices, `(B, h, w[, n], ...)`."""
         return flat.reshape(len(flat), *self.config.grid_shape, *flat.shape[3:])
 
-    def raster(self, batch: int) -> Tensor:
-        """The order row by row, `(B, L)`."""
-        return torch.arange(self.num_positions, device=self.compute_device).expand(batch, -1)
+    def raster(self, indices: Tensor) -> Tensor:
+        """The order row by row, `(B, L)`, for tensors of B images, on their device."""
+        return torch.arange(self.num_positions, device=indices.device).expand(len(indices), -1)
 
     def start_sampling(self, class_labels: Tensor | None, batch: int, sampling: TokenSampling) -> tuple[int, Tensor]:
         """How many images to make, and class numbers for the network: `(B,)`, or `(2B,)` where one guides the other."""
-        count = batch if class_labels is None else len(class_labels)
-        no_class = torch.full((count,), self.no_class, device=self.compute_device)
         if class_labels is None:
-            return count, no_class
-        class_labels = class_labels.to(self.compute_device)
-        return count, torch.cat([class_labels, no_class]) if sampling.guided(class_labels) else class_labels
+            return batch, torch.full((batch,), self.no_class, device=self.device)
+        if sampling.guidance_scale == 1:
+            return len(class_labels), class_labels
+        return len(class_labels), torch.cat([class_labels, torch.full_like(class_labels, self.no_class)])
 
 
 class AutoregressiveTokenModel(TokenModel):
@@ -292,11 +294,11 @@ class AutoregressiveTokenModel(TokenModel):
                 row by row. The logits are in their places in the grid, whatever the order.
         """
         tokens = self.flat(indices)
-        order = self.raster(len(tokens)) if order is None else order
+        order = self.raster(tokens) if order is None else order
         embedded = self.embed(tokens).sum(-2)
         before = embedded.gather(1, order[:, :-1, None].expand(-1, -1, embedded.shape[-1]))
         before = before + self.position_embedding(order[:, :-1])
-        before = torch.cat([self.embed_classes(class_labels, len(tokens)), before], dim=1)
+        before = torch.cat([self.embed_classes(class_labels, tokens), before], dim=1)
         hidden = self.dropout(before + self.next_embedding(order))
         hidden = run_transformer(self.transformer, hidden, F.pad(order[:, :-1] + 1, (1, 0)))
         # Back to the places in the grid: what is predicted at time t belongs to position order[t].
@@ -327,17 +329,17 @@ class AutoregressiveTokenModel(TokenModel):
         Draw images' indices `(B, h, w)` or `(B, h, w, n)`, with keys and values of earlier tokens kept.
 
         Args:
-            class_labels (`Tensor` of shape `(B,)`, *optional*): Class numbers. Default: no class.
+            class_labels (`Tensor` of shape `(B,)`, *optional*): Class numbers, where to compute. Default: no class.
             batch (`int`): B, if there are no `class_labels`.
             order (`Tensor` of shape `(B, L)`, *optional*): As for `forward`.
             progress (`Callable`): Wraps the iterable over positions, as tqdm does.
         """
         sampling = sampling or TokenSampling()
         count, labels = self.start_sampling(class_labels, batch, sampling)
-        order = self.raster(count) if order is None else order
+        order = self.raster(labels[:count]) if order is None else order
         copies = len(labels) // count
         tokens = order.new_zeros(count, self.num_positions, self.config.num_codebooks)
-        cache, hidden, position = DynamicCache(), self.embed_classes(labels, count), torch.zeros_like(order[:, :1])
+        cache, hidden, position = DynamicCache(), self.embed_classes(labels, labels), torch.zeros_like(order[:, :1])
         for time in progress(range(self.num_positions)):
             place = order[:, time, None]
             hidden = hidden + self.next_embedding(place).repeat(copies, 1, 1)
@@ -411,8 +413,8 @@ class MaskedTokenModel(TokenModel):
         """
         if masked is not None:
             indices = torch.where(masked, self.config.num_vq_embeddings, indices)
-        hidden = self.embed(self.flat(indices)).sum(-2) + self.position_embedding(self.raster(1))
-        hidden = self.dropout(torch.cat([self.embed_classes(class_labels, len(hidden)), hidden], dim=1))
+        hidden = self.embed(self.flat(indices)).sum(-2) + self.position_embedding(self.raster(indices[:1]))
+        hidden = self.dropout(torch.cat([self.embed_classes(class_labels, indices), hidden], dim=1))
         length = hidden.shape[1]
         positions = torch.arange(length, device=hidden.device).expand(len(hidden), -1)
         everything = hidden.new_zeros(1, 1, length, length)
@@ -439,12 +441,12 @@ class MaskedTokenModel(TokenModel):
         The estimate is unbiased; its variance falls with `num_draws`, whose k are spread evenly over 1..N.
         """
         count = math.prod(self.config.grid_shape)
-        total = torch.zeros(len(indices), device=self.compute_device)
+        total = torch.zeros(len(indices), device=indices.device)
         for number in range(num_draws):
             # (B,) numbers of masked tokens: a random one of each of num_draws equal parts of 1..N
             u = torch.rand(len(indices), generator=generator, dtype=torch.float64)
             k = ((number + u) / num_draws * count).long().clamp(max=count - 1) + 1
-            masked = random_subsets(len(indices), k, count, generator).view(indices.shape).to(self.compute_device)
+            masked = random_subsets(len(indices), k, count, generator).view(indices.shape).to(indices.device)
             logits = self(indices, class_labels, masked=masked).logits.float()
             nats = F.cross_entropy(logits.flatten(0, -2), indices.flatten().long(), reduction="none")
             total += (nats.view(indices.shape) * masked).flatten(1).sum(1) * (count / k).to(total)

@@ -110,7 +110,7 @@ class VQGANTokenPipeline(DiffusionPipeline):
         images: Tensor | np.ndarray | list = indices
         if output_type != "indices":
             # Only `decode` brings back a model that is offloaded.
-            images = self.vqvae.decode(indices.to(self._execution_device)).sample
+            images = self.vqvae.decode(indices).sample
             images = self.image_processor.postprocess(images, output_type=output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
@@ -130,12 +130,12 @@ class VQGANTokenPipeline(DiffusionPipeline):
             raise ValueError(f"choice_temperature={choice_temperature} is for masked models. Leave it out.")
         return {}
 
-    def _labels(self, class_labels, num_images: int, guidance_scale: float) -> Tensor | None:
-        """Class numbers `(B,)`, `None` for no class."""
+    def _labels(self, class_labels, num_images: int, guidance_scale: float) -> Tensor:
+        """Class numbers for the model, `(B,)`."""
         if class_labels is None:
             if guidance_scale != 1:
                 raise ValueError(f"guidance_scale={guidance_scale} needs class_labels to guide towards.")
-            return None
+            return torch.full((num_images,), self.token_model.no_class, device=self._execution_device)
         classes = self.token_model.config.num_classes
         if not classes:
             raise ValueError("class_labels are given, but the pipeline's token_model is unconditional.")

@@ -129,6 +129,17 @@ def test_bfloat16(pipeline):
 
 
 @pytest.mark.parametrize(
+    "options", [{"offload_type": "leaf_level"}, {"num_blocks_per_group": 1}], ids=["leaf", "block"]
+)
+def test_group_offloading(pipeline, tmp_path, options):
+    """To disk, because weights that are there are garbage in memory: on a CPU nothing else would show a wrong read."""
+    call = dict(class_labels=[0, 1], guidance_scale=2.0, output_type="pt")
+    expected = pipeline(generator=seeded(), **call).images
+    pipeline.enable_group_offload(torch.device("cpu"), offload_to_disk_path=str(tmp_path), **options)
+    assert torch.equal(pipeline(generator=seeded(), **call).images, expected)
+
+
+@pytest.mark.parametrize(
     "options, message",
     [
         ({"output_type": "latent"}, "output_type='latent' must be one of 'pil', 'np', 'pt', 'indices'"),

@@ -219,6 +219,10 @@ class Draws:
     order: Tensor | None = None
     masked: Tensor | None = None
 
+    def to(self, device: torch.device) -> "Draws":
+        parts = (self.dropped, self.order, self.masked)
+        return Draws(*(part if part is None else part.to(device) for part in parts))
+
 
 def draw(numbers: Tensor, model: TokenModelConfig, config: TokenTrainingConfig, shuffled_share: float = 0.0) -> Draws:
     """
