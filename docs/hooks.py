@@ -17,7 +17,7 @@ def modules() -> dict[str, list[str]]:
     found: dict[str, list[str]] = {"hf_vqgan": []}
     for file in sorted(package.rglob("*.py"), key=lambda file: (len(file.parts), file)):
         folder = ".".join(file.parent.relative_to(ROOT).parts)
-        if file.stem != "__init__":
+        if not file.stem.startswith("_"):
             found.setdefault(folder, []).append(f"{folder}.{file.stem}")
     return found
 

@@ -1,17 +1,8 @@
 """VQ-GAN image tokenizers for the Hugging Face ecosystem."""
 
-import diffusers
-from diffusers.pipelines import pipeline_loading_utils
-from transformers import AutoConfig, AutoImageProcessor, AutoModel
-
-from .configuration_token_model import AutoregressiveTokenConfig, MaskedTokenConfig
-from .configuration_vqgan import VQGANConfig
-from .image_processing_vqgan import VQGANImageProcessor
-from .modeling_token_model import AutoregressiveTokenModel, MaskedTokenModel, TokenModelOutput, TokenSampling
-from .modeling_vqgan import VQGANEncoderOutput, VQGANModel, VQGANOutput
-from .pipelines import VQGANLatentDiffusionPipeline
-from .quantizers import QUANTIZERS, QuantizerOutput
-from .token_pipeline import VQGANTokenPipeline
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 __all__ = [
@@ -21,8 +12,8 @@ __all__ = [
     "MaskedTokenConfig",
     "MaskedTokenModel",
     "QuantizerOutput",
-    "TokenSampling",
     "TokenModelOutput",
+    "TokenSampling",
     "VQGANConfig",
     "VQGANEncoderOutput",
     "VQGANImageProcessor",
@@ -32,32 +23,31 @@ __all__ = [
     "VQGANTokenPipeline",
 ]
 
-AutoConfig.register("vqgan", VQGANConfig, exist_ok=True)
-AutoModel.register(VQGANConfig, VQGANModel, exist_ok=True)
-for _config, _model in (
-    (AutoregressiveTokenConfig, AutoregressiveTokenModel),
-    (MaskedTokenConfig, MaskedTokenModel),
-):
-    AutoConfig.register(_config.model_type, _config, exist_ok=True)
-    AutoModel.register(_config, _model, exist_ok=True)
-    _config.register_for_auto_class()
-    _model.register_for_auto_class("AutoModel")
-AutoImageProcessor.register(VQGANConfig, image_processor_classes={"torchvision": VQGANImageProcessor}, exist_ok=True)
+# Importing torch, transformers and diffusers takes seconds. The command `hf-vqgan` (or `python -m hf_vqgan`, for which
+# `-m` stands here while Python imports the package) answers --help and typing errors without them.
+if TYPE_CHECKING or Path(sys.argv[0] if sys.argv else "").name not in ("hf-vqgan", "-m"):
+    from .registration import (
+        QUANTIZERS,
+        AutoregressiveTokenConfig,
+        AutoregressiveTokenModel,
+        MaskedTokenConfig,
+        MaskedTokenModel,
+        QuantizerOutput,
+        TokenModelOutput,
+        TokenSampling,
+        VQGANConfig,
+        VQGANEncoderOutput,
+        VQGANImageProcessor,
+        VQGANLatentDiffusionPipeline,
+        VQGANModel,
+        VQGANOutput,
+        VQGANTokenPipeline,
+    )
+else:
 
-# Saved models carry the code that they need, for `trust_remote_code=True` where this package is not installed.
-VQGANConfig.register_for_auto_class()
-VQGANModel.register_for_auto_class("AutoModel")
-VQGANImageProcessor.register_for_auto_class("AutoImageProcessor")
+    def __getattr__(name: str):
+        if name not in __all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from . import registration
 
-# diffusers loads a pipeline's components only through libraries on this list. It is not public API, so its absence
-# costs the pipelines that name hf_vqgan, not the import of this package.
-for _name in ("LOADABLE_CLASSES", "ALL_IMPORTABLE_CLASSES"):
-    _methods = {
-        name: ["save_pretrained", "from_pretrained"]
-        for name in ("VQGANModel", "AutoregressiveTokenModel", "MaskedTokenModel")
-    }
-    if (_table := getattr(pipeline_loading_utils, _name, None)) is not None:
-        _table.update({"hf_vqgan": _methods} if _name == "LOADABLE_CLASSES" else _methods)
-# DiffusionPipeline.from_pretrained looks for the class that model_index.json names in diffusers itself, nowhere else.
-diffusers.VQGANLatentDiffusionPipeline = VQGANLatentDiffusionPipeline
-diffusers.VQGANTokenPipeline = VQGANTokenPipeline
+        return getattr(registration, name)

@@ -22,7 +22,8 @@ from transformers import HfArgumentParser
 from hf_vqgan import VQGANConfig
 from hf_vqgan.data.datasets import ImageTransform, TrainingImages, load_image_datasets
 from hf_vqgan.training.arguments import errors_in_one_line
-from hf_vqgan.training.loop import VQGANTrainingConfig, train
+from hf_vqgan.training.configuration import VQGANTrainingConfig
+from hf_vqgan.training.tokenizer import train
 
 
 @dataclass

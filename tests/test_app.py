@@ -337,5 +337,5 @@ def test_bad_arguments(monkeypatch, tmp_path, arguments, message):
 def test_missing_gradio_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "gradio", None)
     monkeypatch.delitem(sys.modules, "hf_vqgan.app.page", raising=False)
-    with pytest.raises(SystemExit, match=r'gradio is not installed: pip install -e ".\[app\]"'):
+    with pytest.raises(SystemExit, match=r'gradio is not installed: pip install "hf_vqgan\[app\]"'):
         run_app(monkeypatch, "user/model")

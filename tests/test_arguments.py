@@ -6,11 +6,12 @@ import yaml
 
 from hf_vqgan import VQGANConfig
 from hf_vqgan.configuration_vqgan import model_fields
+from hf_vqgan.files.options import option
 from hf_vqgan.training.arguments import ModelArguments, RecipeParser, _model_descriptions, flags_page, given
-from hf_vqgan.training.configuration import option
-from hf_vqgan.training.loop import VQGANTrainingConfig
+from hf_vqgan.training.configuration import VQGANTrainingConfig
+from hf_vqgan.training.recipes import find_recipe, recipe_names
 
-RECIPES = sorted((Path(__file__).parent.parent / "scripts" / "recipes").glob("*.yaml"))
+RECIPES = [find_recipe(name) for name in recipe_names()]
 
 
 def test_the_page_of_flags_is_up_to_date():

@@ -12,7 +12,6 @@ from datasets import Dataset, Features, Image, Value
 from PIL import Image as PILImage
 
 from hf_vqgan.data.datasets import (
-    EpochBatchSampler,
     ImageTransform,
     Mixture,
     TrainingImages,
@@ -22,6 +21,8 @@ from hf_vqgan.data.datasets import (
     load_batches,
     load_image_datasets,
     map_style_images,
+    shuffled_epochs,
+    take_batches,
 )
 
 
@@ -122,15 +123,16 @@ def test_validation_images_are_whole_or_central():
 @pytest.mark.parametrize("batch_size", [1, 4, 7])
 def test_an_epoch_covers_every_image_once(batch_size):
     size, epochs = 12, 7  # 84 samples: whole batches of 1, 4 and 7
-    numbers = [n for batch in EpochBatchSampler(size, batch_size, size * epochs // batch_size, seed=3) for n in batch]
+    batches = take_batches(shuffled_epochs(size, seed=3), batch_size, 0, size * epochs // batch_size)
+    numbers = [n for batch in batches for n in batch]
     for epoch in range(epochs):
         assert sorted(numbers[epoch * size : (epoch + 1) * size]) == list(range(epoch * size, (epoch + 1) * size))
     assert [n % size for n in numbers[:size]] != [n % size for n in numbers[size : 2 * size]]
 
 
-def test_sampler_starts_where_an_interrupted_one_stopped():
-    whole = list(EpochBatchSampler(10, 3, 20, seed=5))
-    assert list(EpochBatchSampler(10, 3, 13, seed=5, start=7)) == whole[7:]
+def test_batches_start_where_interrupted_ones_stopped():
+    whole = list(take_batches(shuffled_epochs(10, seed=5), 3, 0, 20))
+    assert list(take_batches(shuffled_epochs(10, seed=5, start=7 * 3), 3, 7, 20)) == whole[7:]
 
 
 def test_webdataset_tars(tmp_path):

@@ -8,7 +8,6 @@ SMALL.
 """
 
 import re
-import runpy
 import shlex
 import subprocess
 import sys
@@ -22,7 +21,7 @@ from conftest import TINY, photo
 from diffusers import AutoencoderKL
 from test_pipelines import amused
 
-from hf_vqgan import VQGANConfig, VQGANImageProcessor, VQGANModel
+from hf_vqgan import VQGANConfig, VQGANImageProcessor, VQGANModel, cli
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted((ROOT / "docs").glob("*.md"))
@@ -31,21 +30,21 @@ NEEDS = re.compile(r"\*Needs .+\.\*")
 MODEL = "--block_out_channels 8 16 --layers_per_block 1 --norm_num_groups 4 --latent_channels 8 --vq_embed_dim 4 \
     --down_block_types DownEncoderBlock2D DownEncoderBlock2D --up_block_types UpDecoderBlock2D UpDecoderBlock2D"
 SMALL = {
-    "train_vqgan.py": f"{MODEL} --resolution 32 --resize 40 --train_batch_size 2 --max_train_steps 2 \
+    "train": f"{MODEL} --resolution 32 --resize 40 --train_batch_size 2 --max_train_steps 2 \
         --quantize_start 1 --disc_start 1 --disc_channels 8 --disc_layers 1 \
         --latent_statistics_images 8 --crops_per_image 1 \
         --perceptual_weights_path LPIPS/alex.safetensors --cpu_threads 1 --dataloader_num_workers 0",
-    "evaluate_vqgan.py": "--max_samples 2 --resolution 32 --alex_weights_path LPIPS/alex.safetensors \
+    "evaluate": "--max_samples 2 --resolution 32 --alex_weights_path LPIPS/alex.safetensors \
         --vgg_weights_path LPIPS/vgg.safetensors --inception false --cpu_threads 1",
-    "encode_dataset.py": "--cpu_threads 1",
-    "train_latent_diffusion.py": "--block_out_channels 8 16 --layers_per_block 1 --norm_num_groups 4 \
+    "encode": "--cpu_threads 1",
+    "train-diffusion": "--block_out_channels 8 16 --layers_per_block 1 --norm_num_groups 4 \
         --train_batch_size 4 --attention_head_dim 8 --max_train_steps 2 --sample_images 3 --sample_inference_steps 2 \
         --cpu_threads 1",
-    "analyze_latent_space.py": "--split train --resolution 32 --max_samples 8 --path_steps 3 --lipschitz_images 2 \
+    "analyze": "--split train --resolution 32 --max_samples 8 --path_steps 3 --lipschitz_images 2 \
         --lipschitz_iterations 2 --consistency_contexts 2 --consistency_codes 4 --diffusion_steps 2 \
         --perceptual_weights_path LPIPS/alex.safetensors",
-    "convert_checkpoint.py": "",
-    "app.py": "",
+    "convert": "",
+    "app": "",
 }
 
 
@@ -76,7 +75,7 @@ def read_blocks(page: Path) -> list[Block]:
 def reader(tmp_path, monkeypatch, random_trunk):
     """The folder in which a reader of the documentation works."""
     monkeypatch.chdir(tmp_path)
-    Path("scripts").symlink_to(ROOT / "scripts")
+    monkeypatch.setattr("hf_vqgan.commands.launcher.default_config_file", "")  # what `accelerate config` has written
     Path("LPIPS").symlink_to(random_trunk)
     return tmp_path
 
@@ -174,13 +173,12 @@ def run_command(command: list[str], monkeypatch) -> None:
         (extras,) = re.findall(r"^\.\[([\w,]+)\]$", command[-1])
         assert set(extras.split(",")) <= set(setup["options.extras_require"])
         return
-    runner = next((it for it in (["accelerate", "launch"], ["python"]) if command[: len(it)] == it), None)
-    assert runner, f"no way to run {shlex.join(command)} in a test: say above the block what it needs"
-    script, *arguments = command[len(runner) :]
-    if script.endswith("analyze_latent_space.py") and "--measures" not in arguments:
+    assert command[0] == "hf-vqgan", f"no way to run {shlex.join(command)} in a test: say above the block what it needs"
+    name, *arguments = command[1:]
+    if name == "analyze" and "--measures" not in arguments:
         arguments += ["--measures", "smoothness", "robustness"]  # all of them: tests/test_latent_space.py
-    monkeypatch.setattr(sys, "argv", [script, *arguments, *shlex.split(SMALL[Path(script).name])])
-    runpy.run_path(script, run_name="__main__")
+    monkeypatch.setattr(sys, "argv", ["hf-vqgan"])
+    cli.main([name, *arguments, *shlex.split(SMALL[name])])
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")

@@ -25,7 +25,8 @@ from hub_server import Hub, LoopbackHub
 
 from hf_vqgan import VQGANConfig, VQGANImageProcessor, VQGANModel
 from hf_vqgan.hub.push import push_pipeline_to_hub, push_run_to_hub
-from hf_vqgan.training.loop import VQGANTrainingConfig, train
+from hf_vqgan.training.configuration import VQGANTrainingConfig
+from hf_vqgan.training.tokenizer import train
 
 ROOT = Path(__file__).parent.parent
 ENDPOINT, TOKEN = (os.environ.get(f"HF_VQGAN_TEST_HUB_{name}") for name in ("ENDPOINT", "TOKEN"))
@@ -318,7 +319,8 @@ def test_latents_and_pipeline_are_pushed_and_used(hub, published, tmp_path):
 SHARE_LOCAL = """
 from hf_vqgan.hub.push import push_run_to_hub
 from hf_vqgan.generation.encoded_dataset import EncodingConfig, encode_dataset
-from hf_vqgan.generation.diffusion import LatentDiffusionConfig, train_latent_diffusion
+from hf_vqgan.generation.denoisers import LatentDiffusionConfig
+from hf_vqgan.generation.diffusion import train_latent_diffusion
 
 push_run_to_hub(RUN, names["local-tokenizer"], token=TOKEN)
 sharing = {"push_to_hub": True, "hub_token": TOKEN, "cpu_threads": 1}

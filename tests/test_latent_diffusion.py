@@ -21,16 +21,16 @@ from PIL import Image
 import hf_vqgan.generation.diffusion as latent_diffusion
 from hf_vqgan import VQGANConfig, VQGANLatentDiffusionPipeline, VQGANModel
 from hf_vqgan.data.datasets import ImageTransform, to_pixel_values
-from hf_vqgan.generation.diffusion import (
+from hf_vqgan.generation.denoisers import (
     LatentDiffusionConfig,
     build_denoiser,
     build_schedulers,
     denoising_loss,
     draw,
-    train_latent_diffusion,
 )
+from hf_vqgan.generation.diffusion import train_latent_diffusion
 from hf_vqgan.generation.encoded_dataset import EncodingConfig, encode_dataset
-from hf_vqgan.generation.samples import LatentSamples, encode_samples
+from hf_vqgan.generation.samples import LatentSamples, encode_samples, raw_latents
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
 
@@ -354,7 +354,9 @@ def test_what_is_encoded_once(tmp_path, vqgan, labelled, trained_model, capsys):
     broken = broken.map(lambda row, n: {"image": {"bytes": b"?", "path": None}} if n == 3 else row, with_indices=True)
     samples = LatentSamples(broken, ImageTransform(16, center_crop=True, random_flip=False), "d", "image", "label")
     assert samples.fixed
-    encoded = encode_samples(samples, trained_model, Accelerator(), batch_size=4)
+    encoded = encode_samples(
+        samples, lambda batch: raw_latents(trained_model, batch), "latents", Accelerator(), batch_size=4
+    )
     assert encoded.labels.tolist() == [0, 1, 0, 0, 0, 1, 0, 1, 0, 1]
     for number in (0, 2, 13):
         pixels = samples[number]["pixel_values"]
@@ -409,7 +411,7 @@ def test_resumed_run_ends_in_the_same_weights(tmp_path, vqgan, encoded, monkeypa
     assert all(torch.equal(one, other) for one, other in zip(*(m.parameters() for m in models), strict=True))
     logs = [
         [
-            {name: value for name, value in json.loads(line).items() if name != "samples_per_second"}
+            {name: value for name, value in json.loads(line).items() if name not in ("samples_per_second", "data_wait")}
             for line in (tmp_path / name / "log.jsonl").read_text().splitlines()
         ]
         for name in ("whole", "stopped")

@@ -42,9 +42,9 @@ from hf_vqgan.evaluation.latent_analysis import LatentAnalysisConfig, load_image
 from hf_vqgan.files.documents import write_text
 from hf_vqgan.generation.encoded_dataset import EncodingConfig, encode_dataset
 from hf_vqgan.generation.samples import LatentSamples
-from hf_vqgan.training.loop import train
 from hf_vqgan.training.run_folder import write_manifest
 from hf_vqgan.training.setup import share_cpu_threads
+from hf_vqgan.training.tokenizer import train
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 WHOLE = ImageTransform(16, center_crop=True, random_flip=False)

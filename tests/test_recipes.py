@@ -2,16 +2,17 @@
 
 import dataclasses
 import functools
-from pathlib import Path
 
 import pytest
 
 from hf_vqgan import VQGANConfig
 from hf_vqgan.training.arguments import ModelArguments, RecipeParser, given
-from hf_vqgan.training.loop import VQGANTrainingConfig, train
+from hf_vqgan.training.configuration import VQGANTrainingConfig
 from hf_vqgan.training.plan import rehearse
+from hf_vqgan.training.recipes import find_recipe, recipe_names
+from hf_vqgan.training.tokenizer import train
 
-RECIPES = sorted((Path(__file__).parent.parent / "scripts" / "recipes").glob("*.yaml"))
+RECIPES = [find_recipe(name) for name in recipe_names()]
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda file: file.stem)

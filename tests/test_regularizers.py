@@ -9,12 +9,14 @@ from conftest import TINY
 from test_training_step import applied_gradients, assert_close, double_state
 
 from hf_vqgan import VQGANConfig
+from hf_vqgan.data.randomness import rng, torch_rng
 from hf_vqgan.losses.discriminators import DINODiscriminator
 from hf_vqgan.losses.image_losses import adversarial_loss
 from hf_vqgan.losses.regularizers import FeatureAlignment, SpatialTransform, add_noise, draw_transform
 from hf_vqgan.training.configuration import VQGANTrainingConfig
 from hf_vqgan.training.gradient_flow import measure_gradients
-from hf_vqgan.training.setup import build_accelerator, build_state, load_lpips
+from hf_vqgan.training.networks import build_state, load_lpips
+from hf_vqgan.training.setup import build_accelerator
 from hf_vqgan.training.step import TrainState, training_step
 
 
@@ -81,7 +83,7 @@ def test_draws_stay_within_their_bounds():
 
 def test_noise_has_its_deviation_and_depends_on_the_seed_alone():
     latents = torch.zeros(3, 8, 32, 32)
-    noise = add_noise(latents, 0.5, ["a", "b", "a"])
+    noise = add_noise(latents, 0.5, [torch_rng(0, purpose) for purpose in "aba"])
     assert torch.equal(noise[0], noise[2]) and not torch.equal(noise[0], noise[1])
     assert noise.std() == pytest.approx(0.5, rel=0.05) and abs(noise.mean()) < 0.02
 
@@ -92,12 +94,13 @@ REGULARIZED = {"equivariance_share": 1.0, "latent_noise_std": 0.1, "adversarial_
 def test_step_with_transform_and_noise_equals_autograd(random_trunk, images):
     state = double_state(random_trunk, **REGULARIZED, adversarial_weight=0.0)
     state.discriminator = None
-    rng = random.Random(f"{state.config.seed} 0")
-    transform = draw_transform(["scale", "rotate"], 1.0, sides=8, smallest=-(-16 // 2), rng=rng)
+    drawn = rng(state.config.seed, "equivariance", 0)
+    transform = draw_transform(["scale", "rotate"], 1.0, sides=8, smallest=-(-16 // 2), rng=drawn)
     assert transform.quarter_turns
     target = transform(images).clamp(-1, 1)
     output = state.model(
-        images, latent_transform=lambda z: add_noise(transform(z), 0.1, [f"0 0 {i}" for i in range(4)])
+        images,
+        latent_transform=lambda z: add_noise(transform(z), 0.1, [torch_rng(0, "latent noise", i) for i in range(4)]),
     )
     loss = (output.sample - target).abs().mean() + state.perceptual(output.sample, target).mean()
     loss = loss + 0.25 * output.losses["commitment"] + output.losses["codebook"]

@@ -26,7 +26,8 @@ from test_training import assert_same_weights, run_config, stop_after
 
 import hf_vqgan.training.run_folder
 from hf_vqgan import QUANTIZERS, VQGANConfig
-from hf_vqgan.generation.diffusion import LatentDiffusionConfig
+from hf_vqgan.files.options import role_of
+from hf_vqgan.generation.denoisers import LatentDiffusionConfig
 from hf_vqgan.generation.encoded_dataset import EncodingConfig
 from hf_vqgan.training.checkpoint import (
     NamedAverages,
@@ -36,10 +37,11 @@ from hf_vqgan.training.checkpoint import (
     restore_states,
     write_states,
 )
-from hf_vqgan.training.configuration import VQGANTrainingConfig, role_of
-from hf_vqgan.training.loop import checkpoint_parts, train
+from hf_vqgan.training.configuration import VQGANTrainingConfig
+from hf_vqgan.training.networks import build_state, load_images
 from hf_vqgan.training.run_folder import RunFolder, _is_written
-from hf_vqgan.training.setup import build_accelerator, build_state, load_images
+from hf_vqgan.training.setup import build_accelerator
+from hf_vqgan.training.tokenizer import checkpoint_parts, train
 
 ROOT = Path(__file__).parent.parent
 
@@ -110,6 +112,15 @@ def test_overwriting_refuses_what_is_no_run(tmp_path, names):
     with pytest.raises(FileExistsError, match=f"photos is not a run's folder: it holds .*{names[0]}"):
         open_folder(config)
     assert sorted((tmp_path / "photos").rglob("*")) == before
+
+
+@pytest.mark.parametrize("below", ["", "a/b"])
+def test_a_file_in_the_way_is_named(tmp_path, below):
+    """A bare `[Errno 20] Not a directory` does not say which of the names it is."""
+    (tmp_path / "notes").write_text("mine")
+    with pytest.raises(FileExistsError, match=r"--output_dir .*notes.* is a file\. Choose another name"):
+        open_folder(VQGANTrainingConfig("user/images", output_dir=str(tmp_path / "notes" / below)))
+    assert (tmp_path / "notes").read_text() == "mine"
 
 
 def test_overwriting_deletes_runs_with_other_settings_only(tmp_path, capsys):
@@ -303,16 +314,15 @@ def test_runs_of_older_versions_go_on(tmp_path):
         open_folder(config)
 
 
-def test_resuming_an_earlier_checkpoint_keeps_what_it_writes(tmp_path, tiny, monkeypatch):
+def test_resuming_an_earlier_checkpoint_keeps_what_it_writes(tmp_path, tiny):
     """Later checkpoints, of another future, used to count: the newest one written was the first to be dropped."""
     config = made_run(tmp_path / "run", 3, 5, 7)
-    monkeypatch.setattr(RunFolder, "_save_model", lambda self, model, folder: folder.mkdir())
     early = dataclasses.replace(config, resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-3"))
     with RunFolder(early, tiny, Accelerator()) as run:
         assert run.open() == tmp_path / "run" / "checkpoint-3"
-        run.save_checkpoint(None, 4, {})
+        run.save_checkpoint(4, {}, Path.mkdir)
         assert [path.name for path in run.checkpoints()] == [f"checkpoint-{step}" for step in (3, 4, 5, 7)]
-        run.save_checkpoint(None, 6, {})
+        run.save_checkpoint(6, {}, Path.mkdir)
         assert [path.name for path in run.checkpoints()] == [f"checkpoint-{step}" for step in (5, 6, 7)]
 
 
@@ -323,7 +333,7 @@ def test_resuming_an_earlier_checkpoint_keeps_what_it_writes(tmp_path, tiny, mon
     "config",
     [
         VQGANTrainingConfig("user/images", hub_token="hf_secret"),
-        LatentDiffusionConfig("user/model", "user/images", hub_token="hf_secret"),
+        LatentDiffusionConfig(vqgan="user/model", dataset_name="user/images", hub_token="hf_secret"),
         EncodingConfig(hub_token="hf_secret"),
     ],
     ids=lambda config: type(config).__name__,

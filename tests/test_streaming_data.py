@@ -11,7 +11,7 @@ from test_training import run_config, stop_after
 from hf_vqgan import VQGANConfig, VQGANModel
 from hf_vqgan.data.datasets import ImageTransform, UnreadableImage, load_batches
 from hf_vqgan.data.streams import ShuffledShards, StreamedImages, load_image_stream, read_ahead
-from hf_vqgan.training.loop import train
+from hf_vqgan.training.tokenizer import train
 
 PLAIN = ImageTransform(16, random_flip=False)
 

@@ -26,9 +26,11 @@ from hf_vqgan.data.datasets import ImageTransform, TrainingImages, load_image_da
 from hf_vqgan.evaluation.comparison import EvaluationConfig, evaluate
 from hf_vqgan.measurement.metrics import CodebookHealth, DiscriminatorHealth
 from hf_vqgan.training.arguments import ModelArguments, RecipeParser, given
+from hf_vqgan.training.configuration import VQGANTrainingConfig
 from hf_vqgan.training.interruption import CodebookCollapse, Preempted, PreemptionNotice
-from hf_vqgan.training.loop import VQGANTrainingConfig, measure_scale, train
-from hf_vqgan.training.setup import build_accelerator, build_state, check_distributed_type
+from hf_vqgan.training.networks import build_state
+from hf_vqgan.training.setup import build_accelerator, check_distributed_type
+from hf_vqgan.training.tokenizer import TokenizerTask, measure_scale, train
 
 
 def run_config(image_folder, random_trunk, output_dir, **fields) -> VQGANTrainingConfig:
@@ -115,7 +117,7 @@ def test_latents_without_a_scale_are_warned_of(image_folder, random_trunk, tmp_p
         measure_scale(state, dataset)
         torch.nn.init.zeros_(state.vqgan.quant_conv.bias)
 
-    monkeypatch.setattr("hf_vqgan.training.loop.measure_scale", kill)
+    monkeypatch.setattr("hf_vqgan.training.tokenizer.measure_scale", kill)
     tiny = VQGANConfig(**TINY, scaling_factor=0.5, shift_factor=0.25)
     metrics = train(run_config(image_folder, random_trunk, tmp_path / "run", max_train_steps=1, quantize_start=0), tiny)
     assert sum("constant or not finite" in record.message for record in caplog.records) == 1
@@ -284,14 +286,14 @@ def test_full_disk_loses_no_checkpoint(image_folder, random_trunk, tmp_path, tin
 
 
 def test_steps_with_nan_are_skipped_and_counted_up_to_a_limit(image_folder, random_trunk, tmp_path, tiny, monkeypatch):
-    real_step = hf_vqgan.training.loop.training_step
+    real_step = hf_vqgan.training.tokenizer.training_step
 
     def broken_step(state, micro_batches):
         if state.step in poisoned:
             micro_batches = [pixels * torch.nan for pixels in micro_batches]
         return real_step(state, micro_batches)
 
-    monkeypatch.setattr("hf_vqgan.training.loop.training_step", broken_step)
+    monkeypatch.setattr("hf_vqgan.training.tokenizer.training_step", broken_step)
     poisoned = {2, 4}
     config = run_config(image_folder, random_trunk, tmp_path / "some", max_nonfinite_steps=2, logging_steps=1)
     metrics = train(config, tiny)
@@ -325,8 +327,8 @@ def test_averaged_weights_are_validated_and_saved(image_folder, random_trunk, tm
             torch.testing.assert_close(saved[name], 0.25 * averages(3)[name] + 0.75 * raw[name])
     assert all(torch.equal(saved[name], tensor) for name, tensor in averages(4).items())
     model = VQGANModel.from_pretrained(tmp_path / "run")
-    _, validation = hf_vqgan.training.loop.load_images(config, tiny, build_accelerator(config))
-    report = hf_vqgan.training.loop.evaluate_reconstruction(model, (image[None] for image in validation))
+    _, validation = hf_vqgan.training.networks.load_images(config, tiny, build_accelerator(config))
+    report = hf_vqgan.training.tokenizer.evaluate_reconstruction(model, (image[None] for image in validation))
     assert report.psnr == pytest.approx(metrics["psnr"], rel=1e-4)
 
 
@@ -467,7 +469,7 @@ def test_dry_run_trains_everything_and_leaves_nothing(image_folder, random_trunk
         seen.append((state.quantizing, *moved))
         return output
 
-    monkeypatch.setattr("hf_vqgan.training.plan.training_step", watched_step)
+    monkeypatch.setattr("hf_vqgan.training.tokenizer.training_step", watched_step)
     config = run_config(image_folder, random_trunk, tmp_path / "run", quantize_start=4, disc_start=5)
     before = sorted(tmp_path.rglob("*"))
     assert train(config, tiny, dry_run=True) == {}
@@ -487,16 +489,17 @@ def test_dry_run_in_fp16_passes_over_the_steps_that_find_the_scale(
         output = hf_vqgan.training.step.training_step(state, micro_batches)
         return dataclasses.replace(output, nonfinite=("grad_norm",))
 
-    monkeypatch.setattr("hf_vqgan.training.plan.training_step", overflow)
+    monkeypatch.setattr("hf_vqgan.training.tokenizer.training_step", overflow)
     config = run_config(image_folder, random_trunk, tmp_path / "run")
     with pytest.raises(FloatingPointError, match="not finite in a first step: grad_norm"):
         train(config, tiny, dry_run=True)
     accelerator = build_accelerator(config)
-    perceptual, metric = hf_vqgan.training.loop.load_lpips(config, accelerator)
+    perceptual, metric = hf_vqgan.training.networks.load_lpips(config, accelerator)
     state = build_state(config, tiny, accelerator, perceptual)
     accelerator.scaler = torch.amp.GradScaler("cpu")
-    dataset, validation = hf_vqgan.training.loop.load_images(config, tiny, accelerator)
-    assert hf_vqgan.training.plan.rehearse(state, dataset, validation, metric).startswith("OK: ")
+    dataset, validation = hf_vqgan.training.networks.load_images(config, tiny, accelerator)
+    task = TokenizerTask(state, dataset, validation, metric, tiny)
+    assert hf_vqgan.training.plan.rehearse(task).startswith("OK: ")
 
 
 def test_dry_run_tries_whether_the_folder_can_be_written_to(image_folder, random_trunk, tmp_path, tiny):

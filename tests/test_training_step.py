@@ -14,7 +14,7 @@ from hf_vqgan.losses.discriminators import PatchDiscriminator
 from hf_vqgan.losses.image_losses import LPIPS
 from hf_vqgan.measurement.metrics import CodebookHealth
 from hf_vqgan.training.configuration import VQGANTrainingConfig
-from hf_vqgan.training.setup import build_model
+from hf_vqgan.training.networks import build_model
 from hf_vqgan.training.step import TrainState, training_step, update_codebook
 
 

@@ -315,7 +315,7 @@ def _sample(
 
 # Space: the page on the Hub.
 
-SPACE_APP = '''"""Made by scripts/app.py --space. Visitors choose among these models; they cannot name others."""
+SPACE_APP = '''"""Made by hf-vqgan app --space. Visitors choose among these models; they cannot name others."""
 
 from hf_vqgan.app.page import launch, make_page
 

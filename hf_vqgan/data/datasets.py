@@ -20,7 +20,7 @@ import datasets
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
-from torch.utils.data import DataLoader, Sampler, default_collate
+from torch.utils.data import DataLoader, default_collate
 from torchvision.transforms import v2
 
 from ..files.sources import check_source
@@ -501,29 +501,6 @@ def take_batches(
             yield batch
 
 
-class EpochBatchSampler(Sampler[list[int]]):
-    """
-    The batches of `shuffled_epochs`, for a given number of batches.
-
-    Args:
-        num_samples (`int`): Samples per epoch.
-        batch_size (`int`): Samples per batch and process.
-        num_batches (`int`): How many batches, of all processes together, to yield.
-        start (`int`): How many batches to pass over first.
-    """
-
-    def __init__(self, num_samples: int, batch_size: int, num_batches: int, seed: int = 0, start: int = 0):
-        self.num_samples, self.batch_size, self.num_batches = num_samples, batch_size, num_batches
-        self.seed, self.start = seed, start
-
-    def __len__(self) -> int:
-        return self.num_batches
-
-    def __iter__(self) -> Iterator[list[int]]:
-        keys = shuffled_epochs(self.num_samples, self.seed, self.start * self.batch_size)
-        return take_batches(keys, self.batch_size, self.start, self.start + self.num_batches)
-
-
 def load_batches(
     dataset,
     batch_size: int,
@@ -579,8 +556,14 @@ class _Batches(torch.utils.data.Dataset):
                 samples = [self.dataset[key] for key in keys]
         except UnreadableImage as error:
             return error
-        skipped = {name: reason for sample in samples for name, reason in sample.pop("skipped").items()}
-        return default_collate(samples) | {"skipped": skipped}
+        return collate_samples(samples)
+
+
+def collate_samples(samples: list[dict[str, Any]]) -> dict[str, Any]:
+    """Samples as one batch, with what each says of skipped images in one dict."""
+    skipped = {name: reason for sample in samples for name, reason in sample["skipped"].items()}
+    tensors = [{name: value for name, value in sample.items() if name != "skipped"} for sample in samples]
+    return default_collate(tensors) | {"skipped": skipped}
 
 
 def _as_is(batch):

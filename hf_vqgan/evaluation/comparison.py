@@ -39,6 +39,7 @@ from ..data.datasets import (
     to_pixel_values,
 )
 from ..files.documents import write_text
+from ..files.options import check_values, option
 from ..generation.encoded_dataset import weights_sha256
 from ..hub.model_card import EVALUATION_FIGURES, update_model_card
 from ..losses.image_losses import LPIPS
@@ -53,7 +54,6 @@ from ..measurement.frechet import (
 )
 from ..measurement.metrics import mean_perplexity, number_codes, pixel_figures, sum_over_processes
 from ..measurement.pictures import draw_comparison
-from ..training.configuration import check_values, option
 from ..training.setup import share_cpu_threads
 from .autoencoders import Autoencoder, load_autoencoder
 from .image_codecs import CODECS, encode_near
@@ -67,7 +67,7 @@ LIBRARIES = ("hf_vqgan", "torch", "torchvision", "torchmetrics", "lpips", "torch
 
 @dataclass
 class EvaluationConfig:
-    """How models are evaluated. Every field is a flag of `evaluate_vqgan.py`."""
+    """How models are evaluated. Every field is a flag of `hf-vqgan evaluate`."""
 
     output_dir: str = option(
         "runs/evaluation", "Folder for evaluation.json, evaluation.md and comparison.png.", nonempty=True

@@ -12,7 +12,9 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from ..data.datasets import ImageTransform, ValidationImages, find_image_column, load_splits
-from ..generation.diffusion import LatentDiffusionConfig, denoising_loss, train_latent_diffusion
+from ..files.options import MAX_SEED, check_values, option
+from ..generation.denoisers import LatentDiffusionConfig, denoising_loss
+from ..generation.diffusion import train_latent_diffusion
 from ..losses.image_losses import LPIPS
 from ..losses.lpips_weights import NETWORKS
 from ..measurement.frechet import FeatureMoments, InceptionFeatures, frechet_distance
@@ -43,13 +45,12 @@ from ..measurement.latent_space import (
     unchanged_share,
 )
 from ..pipelines import normalize_latents
-from ..training.configuration import MAX_SEED, check_values, option
 from .autoencoders import Autoencoder, load_autoencoder
 
 
 @dataclass
 class LatentAnalysisConfig:
-    """How a latent space is analysed. Every field is a flag of `analyze_latent_space.py`."""
+    """How a latent space is analysed. Every field is a flag of `hf-vqgan analyze`."""
 
     # What is measured
     measures: list[str] = option([], "Groups of measures. Default: all but diffusability, which takes long.")

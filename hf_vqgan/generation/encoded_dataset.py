@@ -25,9 +25,9 @@ from ..data.datasets import (
     to_pixel_values,
 )
 from ..files.documents import read_mapping, write_text
+from ..files.options import check_values, option
 from ..files.sources import check_source
 from ..modeling_vqgan import VQGANModel
-from ..training.configuration import check_values, option
 from ..training.setup import share_cpu_threads
 
 logger = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ WHAT = ("latents", "indices")
 
 @dataclass
 class EncodingConfig:
-    """How a dataset is encoded. Every field is a flag of `encode_dataset.py`."""
+    """How a dataset is encoded. Every field is a flag of `hf-vqgan encode`."""
 
     what: list[str] = option(["latents", "indices"], "Columns to make.", choices=WHAT, nonempty=True)
     dataset_config_name: str | None = option(None, "Configuration of the dataset.")

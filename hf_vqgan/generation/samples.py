@@ -1,7 +1,9 @@
-"""Rows of a dataset, of images or of what `encode_dataset.py` made of them, as the latents a diffusion model learns."""
+"""Rows of a dataset, of images or of what `hf-vqgan encode` made of them, as the latents a diffusion model learns."""
 
 import logging
 import math
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import datasets
 import torch
@@ -11,17 +13,28 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm.auto import tqdm
 
-from ..data.datasets import ImageTransform, TrainingImages, find_image_column
+from ..data.datasets import (
+    ImageTransform,
+    TrainingImages,
+    collate_samples,
+    find_image_column,
+    shuffled_epochs,
+    take_batches,
+)
 from ..measurement.metrics import gather_rows
 from ..modeling_vqgan import VQGANModel
 
 logger = logging.getLogger(__name__)
 
+# What samples say of the images behind them, where these could be read.
+READ_WITHOUT_TROUBLE: dict[str, Any] = {"unreadable": 0, "upscaled": 0, "skipped": {}}
+
 
 class LatentSamples(Dataset):
     """
-    Rows of an image dataset, or of one that `encode_dataset.py` made, as `{"number", "label", KIND}` with KIND one of
-    `latents` `(D, h, w)`, `indices` `(h, w[, n])` and `pixel_values` `(3, H, W)`.
+    Rows of an image dataset, or of one that `hf-vqgan encode` made, as `{"number", "label", KIND, "unreadable",
+    "upscaled", "skipped"}` with KIND one of `latents` `(D, h, w)`, `indices` `(h, w[, n])` and `pixel_values`
+    `(3, H, W)`, the last three as in `TrainingImages`.
 
     Sample numbers count on across epochs, as in `TrainingImages`; the label is 0 without `class_column`.
 
@@ -46,10 +59,10 @@ class LatentSamples(Dataset):
         seed: int = 0,
         preferred: tuple[str, ...] = ("latents", "indices"),
     ):
+        self.seed = seed
         self.kind = next((name for name in preferred if name in rows.column_names), "pixel_values")
         self.classes: dict[int, str] = {}
         self.labels: list[int] | None = None
-        self.reported: set[str] = set()  # unreadable images
         if class_column is not None:
             self.labels, self.classes = _read_classes(rows, class_column)
         # Whether a row is the same in every epoch.
@@ -64,50 +77,85 @@ class LatentSamples(Dataset):
     def __len__(self) -> int:
         return len(self.items)
 
-    def __getitem__(self, number: int) -> dict[str, Tensor | int]:
+    def __getitem__(self, number: int) -> dict[str, Any]:
         row = number % len(self)
         # TrainingImages counts epochs itself, and puts the next readable image in an unreadable one's place.
         item = self.items[number if self.kind == "pixel_values" else row]
         row = item.get("row", row)
-        for name, reason in item.get("skipped", {}).items():
-            if name not in self.reported:
-                logger.warning("skipped an unreadable image: %s", reason)
-                self.reported.add(name)
         label = self.labels[row] if self.labels is not None else 0
-        return {"number": number, "label": label, self.kind: item[self.kind]}
+        found = {name: item.get(name, default) for name, default in READ_WITHOUT_TROUBLE.items()}
+        return {"number": number, "label": label, self.kind: item[self.kind]} | found
+
+    def batch_keys(
+        self, batch_size: int, start: int = 0, stop: int | None = None, rank: int = 0, world_size: int = 1
+    ) -> Iterator[list[int]]:
+        """Keys of the batches that `load_batches` describes."""
+        return take_batches(
+            shuffled_epochs(len(self), self.seed, start * batch_size), batch_size, start, stop, rank, world_size
+        )
 
 
 class EncodedSamples(Dataset):
-    """`LatentSamples` in memory: `latents` `(N, D, h, w)`, as `encode` gives them, and `labels` `(N,)`."""
+    """
+    `LatentSamples` in memory.
 
-    def __init__(self, latents: Tensor, labels: Tensor):
-        self.latents, self.labels = latents, labels
+    Args:
+        form (`str`): `"latents"` or `"indices"`.
+        encoded (`Tensor` of shape `(N, ...)`): All samples in that form.
+        labels (`Tensor` of shape `(N,)`): Class numbers.
+        seed (`int`): Of their order.
+    """
+
+    def __init__(self, form: str, encoded: Tensor, labels: Tensor, seed: int = 0):
+        self.form, self.encoded, self.labels, self.seed = form, encoded, labels, seed
+        self.fixed = False  # there is nothing left to encode
 
     def __len__(self) -> int:
-        return len(self.latents)
+        return len(self.encoded)
 
-    def __getitem__(self, number: int) -> dict[str, Tensor | int]:
+    def __getitem__(self, number: int) -> dict[str, Any]:
         row = number % len(self)
-        return {"number": number, "label": self.labels[row], "latents": self.latents[row]}
+        sample = {"number": number, "label": self.labels[row], self.form: self.encoded[row]}
+        return sample | READ_WITHOUT_TROUBLE
+
+    batch_keys = LatentSamples.batch_keys
 
 
 def encode_samples(
-    samples: LatentSamples, vqgan: VQGANModel, accelerator: Accelerator, batch_size: int, num_workers: int = 0
+    samples: LatentSamples,
+    encode: Callable[[dict[str, Any]], Tensor],
+    form: str,
+    accelerator: Accelerator,
+    batch_size: int,
+    num_workers: int = 0,
 ) -> EncodedSamples:
-    """All of `samples`, which must be `fixed`, encoded once: the processes share the work, each gets the result."""
+    """
+    All of `samples`, which must be `fixed`, encoded once: the processes share the work, each gets the result.
+
+    Unreadable images are named here, once and for all, and no longer counted by the steps that see their stand-ins.
+    """
     # Every process the same number of rows, if need be by starting over.
     count = math.ceil(len(samples) / accelerator.num_processes)
     mine = [(n * accelerator.num_processes + accelerator.process_index) % len(samples) for n in range(count)]
-    loader = DataLoader(Subset(samples, mine), batch_size=batch_size, num_workers=num_workers)
-    latents, labels = [], []
+    loader = DataLoader(
+        Subset(samples, mine),
+        batch_size=batch_size,
+        num_workers=num_workers,
+        collate_fn=collate_samples,
+    )
+    encoded, labels = [], []
+    reasons: dict[str, str] = {}
     for batch in tqdm(loader, desc="encode", unit=" batches", disable=not accelerator.is_main_process):
-        latents.append(raw_latents(vqgan, send_to_device(batch, accelerator.device)))
+        reasons |= batch["skipped"]
+        encoded.append(encode(send_to_device(batch, accelerator.device)))
         labels.append(batch["label"].to(accelerator.device))
+    for reason in reasons.values():
+        logger.warning("skipped an unreadable image: %s", reason)
     whole = []
-    for parts in (latents, labels):
+    for parts in (encoded, labels):
         by_process = gather_rows(torch.cat(parts)).unflatten(0, (accelerator.num_processes, count))
         whole.append(by_process.transpose(0, 1).flatten(0, 1)[: len(samples)].cpu())
-    return EncodedSamples(*whole)
+    return EncodedSamples(form, whole[0], whole[1], samples.seed)
 
 
 @torch.no_grad()

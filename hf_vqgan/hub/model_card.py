@@ -60,7 +60,7 @@ Data: {{ dataset }}. Settings: [training_config.yaml](training_config.yaml). Cur
 [curves.png](curves.png).
 
 ```bash
-accelerate launch scripts/train_vqgan.py --config training_config.yaml
+hf-vqgan train --config training_config.yaml
 ```
 """
 
@@ -233,7 +233,7 @@ VQ-GAN: {{ vqgan }}. Data: {{ dataset }}. Objective: {{ objective }}; {{ "{:,}".
 {{ "%.4f" | format(metrics.loss) }}. Settings: [training_config.yaml](training_config.yaml).
 
 ```bash
-accelerate launch scripts/train_latent_diffusion.py --config training_config.yaml
+hf-vqgan train-diffusion --config training_config.yaml
 ```
 """
 

@@ -59,15 +59,12 @@ def draw_transform(
     )
 
 
-def add_noise(latents: Tensor, std: float, seeds: list[str]) -> Tensor:
+def add_noise(latents: Tensor, std: float, generators: list[torch.Generator]) -> Tensor:
     """
-    Latents `(B, D, h, w)` plus N(0, std²), drawn for each image from its own seed: a decoder that has seen noise
+    Latents `(B, D, h, w)` plus N(0, std²), drawn for each image from its own generator: a decoder that has seen noise
     leaves no sharp edges between the latents it knows (https://huggingface.co/papers/2507.15856, section 3).
     """
-    draws = []
-    for seed in seeds:
-        generator = torch.Generator().manual_seed(random.Random(seed).getrandbits(32))
-        draws.append(torch.randn(latents.shape[1:], generator=generator))
+    draws = [torch.randn(latents.shape[1:], generator=generator) for generator in generators]
     return latents + std * torch.stack(draws).to(latents)
 
 

@@ -1,25 +1,31 @@
 """Command lines: dataclass defaults, overridden by a YAML recipe, overridden by flags."""
 
+import argparse
 import contextlib
 import datetime
 import difflib
+import os
 import re
 import sys
+import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, make_dataclass
 from dataclasses import field as dataclass_field
-from dataclasses import fields, make_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import datasets
+import torch
 import yaml
 from huggingface_hub.errors import StrictDataclassError
 from transformers import HfArgumentParser
 
 from ..configuration_vqgan import VQGANConfig, model_fields
+from ..files.options import OPTION_KEYS, default_of, sections_of
 from ..files.sources import HTTPError
 from .configuration import VQGANTrainingConfig
 from .interruption import INTERRUPTED_EXIT_CODE, CodebookCollapse, Preempted
+from .recipes import find_recipe
 
 # What users can mend, and get told in one line. Whatever else is raised is a bug, whose traceback is wanted.
 USER_ERRORS = (
@@ -40,16 +46,34 @@ def errors_in_one_line() -> Iterator[None]:
     room and with 130 for one that Ctrl-C has ended.
     """
     program = Path(sys.argv[0]).name
+    is_first = int(os.environ.get("RANK", 0)) == 0
     try:
         yield
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()  # else gloo may abort while the interpreter ends
     except USER_ERRORS as error:
+        if not is_first:
+            _wait_to_be_ended()  # the first process says it
         sys.exit(f"{program}: error: {' '.join(str(error).split())}")
     except Preempted as stop:
-        print(f"{program}: {stop} The same command goes on from there.", file=sys.stderr)
+        if is_first:
+            print(f"{program}: {stop} The same command goes on from there.", file=sys.stderr)
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()  # else gloo may abort while the interpreter ends
         sys.exit(stop.exit_code)
     except KeyboardInterrupt:
-        print(f"{program}: stopped by Ctrl-C.", file=sys.stderr)
+        if is_first:
+            print(f"{program}: stopped by Ctrl-C.", file=sys.stderr)
         sys.exit(INTERRUPTED_EXIT_CODE)
+    except RuntimeError:
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            _wait_to_be_ended()  # it may be that the connection to a process that has failed is lost: that one says why
+        raise
+
+
+def _wait_to_be_ended() -> None:
+    """Launchers end all processes as soon as one has failed. Another one's error makes this one's superfluous."""
+    time.sleep(3)
 
 
 def _model_descriptions() -> dict[str, str]:
@@ -71,41 +95,60 @@ def _model_arguments() -> type:
             flag_type: Any = list[item] if "list" in kind else bool if config_field.type is bool else item
             help = descriptions[config_field.name].replace("%", "%%")
             flags.append((config_field.name, flag_type | None, dataclass_field(default=None, metadata={"help": help})))
-    return make_dataclass("ModelArguments", flags)
+    return make_dataclass("ModelArguments", flags, namespace={"__doc__": "The model."})
 
 
 ModelArguments = _model_arguments()
 
 
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Each flag's default, and the description's lines as they are."""
+
+
+@dataclass
+class _ArgumentGroup:
+    """A parser's group, which is given all of a field's metadata and takes what argparse knows."""
+
+    group: Any
+
+    def add_argument(self, *names: str, **metadata) -> None:
+        known = {key: value for key, value in metadata.items() if key not in OPTION_KEYS}
+        self.group.add_argument(*names, **known)
+
+
 class RecipeParser(HfArgumentParser):
     """
-    Parses dataclasses from `--config RECIPE.yaml` and flags: dataclass default < recipe < flag.
+    Parses dataclasses from `--config RECIPE` and flags: dataclass default < recipe < flag. RECIPE is a YAML file or the
+    name of a recipe that comes with the package.
 
     What a recipe says of its dataset (`describes_dataset` in `option`) goes when `dataset_name` names another one. An
     unknown flag or recipe key ends the program with its nearest known name.
     """
 
-    def __init__(self, dataclass_types: Sequence[type], default_recipe: Path | None = None, **kwargs):
+    def __init__(self, dataclass_types: Sequence[type], default_recipe: str | Path | None = None, **kwargs):
         self.fields = {item.name: item.metadata for kind in dataclass_types for item in fields(kind)}
-        super().__init__(dataclass_types, allow_abbrev=False, **kwargs)
+        super().__init__(dataclass_types, allow_abbrev=False, formatter_class=_HelpFormatter, **kwargs)
         self.default_recipe = default_recipe
         self.add_argument(
             "--config",
             default=None if default_recipe is None else str(default_recipe),
-            help="YAML file with values for the flags below; `none` for no file. Default: %(default)s.",
+            help="YAML file, or recipe by name, with values for these flags; `none` for neither.",
         )
 
-    def add_argument(self, *names, **kwargs):
-        # HfArgumentParser passes on all of a field's metadata, of which argparse knows what it calls the same.
-        for key in ("nonempty", "describes_dataset", "bounds", "role"):
-            kwargs.pop(key, None)
-        return super().add_argument(*names, **kwargs)
+    def _add_dataclass_arguments(self, dtype: type) -> None:
+        """As HfArgumentParser does it, but in one group per section."""
+        types = get_type_hints(dtype)
+        for title, section in sections_of(dtype).items():
+            group = _ArgumentGroup(self.add_argument_group(title))
+            for config_field in section:
+                config_field.type = types[config_field.name]
+                self._parse_dataclass_field(group, config_field)
 
     def parse(self, argv: Sequence[str] | None = None) -> tuple:
         """One instance per dataclass, then a namespace with the flags that belong to none."""
         argv = list(sys.argv[1:] if argv is None else argv)
         config = self._config_path(argv)
-        recipe = {} if config in (None, "none") else self._read_recipe(Path(config))
+        recipe = {} if config in (None, "none") else self._read_recipe(config)
         named, dataset = _last_value(argv, "dataset_name"), recipe.get("dataset_name")
         if dataset is not None and named not in (None, dataset):
             recipe = {key: value for key, value in recipe.items() if not self.fields[key].get("describes_dataset")}
@@ -115,7 +158,8 @@ class RecipeParser(HfArgumentParser):
             [*_as_flags(recipe), f"--config={config}", *argv], look_for_args_file=False, return_remaining_strings=True
         )
         if unknown:
-            self.error(self._suggest(f"unknown argument {unknown[0]!r}", unknown[0]))
+            name = unknown[0].partition("=")[0]  # without the value, which may be a secret
+            self.error(self._suggest(f"unknown argument {name!r}", name))
         return tuple(parsed)
 
     def error(self, message: str):
@@ -128,9 +172,11 @@ class RecipeParser(HfArgumentParser):
             return None  # the default recipe describes a model, and how to start it
         return self.get_default("config")
 
-    def _read_recipe(self, file: Path) -> dict:
-        if not file.is_file():
-            self.error(f"--config {file}: no such file.")
+    def _read_recipe(self, name: str) -> dict:
+        try:
+            file = find_recipe(name)
+        except FileNotFoundError as error:
+            self.error(f"--config {error}")
         try:
             recipe = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
         except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
@@ -152,12 +198,12 @@ class RecipeParser(HfArgumentParser):
             self.error(f"{place}: expected {expected}, found {value!r}.")
 
     def _suggest(self, message: str, flag: str) -> str:
-        close = difflib.get_close_matches(flag.partition("=")[0], self._option_string_actions, 1)
+        close = difflib.get_close_matches(flag, self._option_string_actions, 1)
         return message + (f"; did you mean {close[0]}?" if close else "; --help lists all flags.")
 
 
 def flags_page() -> str:
-    """docs/flags.md: every flag of `train_vqgan.py` with its default and meaning, as the dataclasses have them."""
+    """docs/flags.md: every flag of `hf-vqgan train` with its default and meaning, as the dataclasses have them."""
 
     def table(rows) -> list[str]:
         return ["| flag | default | meaning |", "|---|---|---|", *(f"| `--{' | '.join(row)} |" for row in rows), ""]
@@ -165,20 +211,19 @@ def flags_page() -> str:
     def default(value) -> str:
         return "" if value in (None, "") or value == [] else f"`{value}`"
 
-    training, model = ({item.name: item for item in fields(kind)} for kind in (VQGANTrainingConfig, VQGANConfig))
-    defaults = VQGANTrainingConfig(dataset_name="-")
+    def sections(kind: type) -> Iterator[str]:
+        for title, section in sections_of(kind).items():
+            yield from (f"## {title}", "")
+            yield from table((f"{item.name}`", default(default_of(item)), _help(item)) for item in section)
+
+    model = {item.name: item for item in fields(VQGANConfig)}
     lines = [
-        "# All flags of train_vqgan.py",
+        "# All flags of hf-vqgan train",
         "",
         "Written by `python -m hf_vqgan.training.arguments > docs/flags.md`; a test keeps it so. Recipes (`--config`)",
         "have the same names. Booleans are given as `--random_flip false`, lists as `--block_out_channels 64 128`.",
         "",
-        "## The run",
-        "",
-        *table(
-            (f"{name}`", default("" if name == "dataset_name" else getattr(defaults, name)), _help(training[name]))
-            for name in training
-        ),
+        *sections(VQGANTrainingConfig),
         "## The model",
         "",
         *table((f"{name}`", default(model[name].default), text) for name, text in _model_descriptions().items()),

@@ -73,7 +73,7 @@ def term_gradients(state: TrainState, pixels: Tensor) -> dict[str, dict[str, Ten
     at_x_hat = {name: gradient(weight * terms[name], leaf) for name, weight in weights.items()}
     if state.adversarial:
         config = state.config
-        logits = unwrap(state.discriminator)(augment(state, leaf, 0, 1, 1))
+        logits = unwrap(state.discriminator)(augment(state, leaf, 0, 1, "fake"))
         adversarial = gradient(adversarial_loss(logits, config.adversarial_loss), leaf)
         weight = config.adversarial_weight * ramp(state.step, config.disc_start, config.disc_ramp_steps)
         if config.adaptive_weight:

@@ -10,10 +10,8 @@ import time
 import torch
 from accelerate import Accelerator
 
-from ..data.datasets import (
-    notices,
-)
-from .step import StepOutput, TrainState
+from ..data.datasets import notices
+from .task import RunState, StepOutput
 
 logger = logging.getLogger(__name__)
 
@@ -89,26 +87,7 @@ class PreemptionNotice(contextlib.AbstractContextManager):
         return bool(self.accelerator.reduce(mine, "sum"))
 
 
-def watch_health(state: TrainState) -> None:
-    """
-    Warn once of a codebook that collapses, and once of a discriminator that wins or dies, naming the remedies.
-
-    Raises:
-        CodebookCollapse: instead, if the run was told to `stop_on_collapse`.
-    """
-    codebook, discriminator = state.health.diagnosis(), state.disc_health.diagnosis()
-    if codebook and state.config.stop_on_collapse:
-        raise CodebookCollapse(f"step {state.step}: {codebook}")
-    main = state.accelerator.is_main_process
-    if codebook and not state.warned_of_codebook and main:
-        logger.warning("%s", codebook)
-    if discriminator and not state.warned_of_discriminator and main:
-        logger.warning("%s", discriminator)
-    state.warned_of_codebook |= codebook is not None
-    state.warned_of_discriminator |= discriminator is not None
-
-
-def watch_nonfinite(state: TrainState, output: StepOutput) -> None:
+def watch_nonfinite(state: RunState, output: StepOutput) -> None:
     """
     Count a skipped step.
 

@@ -1,6 +1,5 @@
 """A run's output folder: which run it holds, its log, reports, pictures and checkpoints."""
 
-import contextlib
 import errno
 import fnmatch
 import hashlib
@@ -14,9 +13,9 @@ import shutil
 import socket
 import stat
 from collections.abc import Callable
-from dataclasses import MISSING, Field, asdict, fields
+from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import yaml
@@ -28,7 +27,7 @@ from safetensors import SafetensorError
 
 from ..configuration_vqgan import VQGANConfig, model_fields
 from ..files.documents import read_mapping, read_settings, write_text
-from ..image_processing_vqgan import VQGANImageProcessor
+from ..files.options import default_of, role_of
 from ..modeling_vqgan import VQGANModel
 from .checkpoint import (
     STATE_FILE,
@@ -39,7 +38,7 @@ from .checkpoint import (
     restore_states,
     write_states,
 )
-from .configuration import role_of
+from .configuration import RunOptions
 
 logger = logging.getLogger(__name__)
 
@@ -67,18 +66,7 @@ WRITTEN = (
 Self = TypeVar("Self", bound="RunFolder")  # typing's own comes with Python 3.11
 
 
-class RunSettings(Protocol):
-    """What a run's folder asks of the dataclass with the run's settings, whose fields are made by `option`."""
-
-    __dataclass_fields__: ClassVar[dict[str, Field]]
-    output_dir: str
-    overwrite_output_dir: bool
-    resume_from_checkpoint: str | None
-    resolution: int | None
-    checkpoints_total_limit: int | None
-
-
-def public_settings(config: RunSettings) -> dict:
+def public_settings(config: RunOptions) -> dict:
     """The settings that a run's files name: not where on this machine it is, and no secret."""
     roles = {field.name: role_of(field) for field in fields(config)}
     return {name: value for name, value in asdict(config).items() if roles[name] in ("result", "watching")}
@@ -90,13 +78,13 @@ class RunFolder:
     appear in the folder whole or not at all.
     """
 
-    def __init__(self, config: RunSettings, model_config: VQGANConfig | None, accelerator: Accelerator):
+    def __init__(self, config: RunOptions, model_config: VQGANConfig | None, accelerator: Accelerator):
         self.config, self.accelerator = config, accelerator
         self.folder = Path(config.output_dir)
         self.settings = public_settings(config)
         known = fields(config)
         self.identity = {field.name for field in known if role_of(field) == "result"}
-        self.defaults = {field.name: _default(field) for field in known}
+        self.defaults = {field.name: default_of(field) for field in known}
         if model_config is not None:
             self.settings |= {name: getattr(model_config, name) for name in model_fields()}
             self.identity |= set(model_fields())
@@ -159,8 +147,10 @@ class RunFolder:
         Raises:
             FileExistsError: if `output_dir` is a file, or is to be overwritten and holds anything but a run.
         """
-        if self.folder.exists() and not self.folder.is_dir():
-            raise FileExistsError(f"--output_dir {self.folder} is a file. Choose another name.")
+        nearest = next(path for path in (self.folder, *self.folder.absolute().parents) if path.exists())
+        if not nearest.is_dir():
+            what = "is a file" if nearest == self.folder else f"cannot be made: {nearest} is a file"
+            raise FileExistsError(f"--output_dir {self.folder} {what}. Choose another name.")
         names = sorted(path.name for path in self.folder.iterdir()) if self.folder.is_dir() else []
         shown = [name for name in names if not name.startswith(".")]
         is_run = CONFIG_FILE in names or any((path / MANIFEST_FILE).is_file() for path in self.checkpoints())
@@ -276,37 +266,28 @@ class RunFolder:
         found = [path for path in self.folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d{1,15}", path.name)]
         return sorted(found, key=lambda path: int(path.name.split("-")[1]))
 
-    def save_checkpoint(
-        self,
-        model: VQGANModel,
-        step: int,
-        parts: dict[str, Part],
-        saved_weights: contextlib.AbstractContextManager | None = None,
-    ) -> None:
+    def save_checkpoint(self, step: int, parts: dict[str, Part], save_model: Callable[[Path], None]) -> None:
         """
         checkpoint-N, whole or not at all, and the model beside it; then drop checkpoints past the limit.
 
         Args:
             parts (`dict[str, Part]`): What the checkpoint holds the states of.
-            saved_weights (context manager, *optional*): Gives the model the weights to save beside the checkpoint.
+            save_model (function): Saves the model that goes beside the checkpoint into a folder, which is new.
 
         Raises:
             OSError: if it could not be written, say for a full disk. Earlier checkpoints are as they were.
         """
         states = collect_states(parts, self.accelerator)
-        self._on_main(lambda: self._write_checkpoint(model, step, states, saved_weights or contextlib.nullcontext()))
+        self._on_main(lambda: self._write_checkpoint(step, states, save_model))
 
-    def _write_checkpoint(
-        self, model: VQGANModel, step: int, states: dict[str, dict], saved_weights: contextlib.AbstractContextManager
-    ) -> None:
+    def _write_checkpoint(self, step: int, states: dict[str, dict], save_model: Callable[[Path], None]) -> None:
         temporary, unfinished = self.folder / f".checkpoint-{step}.tmp", self.folder / ".model.tmp"
         for leftover in (*self.folder.glob(".checkpoint-*.tmp"), unfinished):  # of a process killed while saving
             shutil.rmtree(leftover, ignore_errors=True)
         try:
             temporary.mkdir()
             write_states(temporary, states)
-            with saved_weights:
-                self._save_model(model, unfinished)
+            save_model(unfinished)
             for folder in (temporary, unfinished):
                 give_usual_mode(folder)
             write_manifest(temporary)
@@ -349,16 +330,6 @@ class RunFolder:
             raise ValueError(f"cannot resume from {checkpoint}: {error}") from error
         self._on_main(self._write_settings)
 
-    def _save_model(self, model: VQGANModel, folder: Path) -> None:
-        resolution = self.config.resolution
-        processor = VQGANImageProcessor(
-            size={"shortest_edge": resolution},
-            crop_size={"height": resolution, "width": resolution},
-            size_divisor=model.config.downsample_factor,
-        )
-        model.save_pretrained(folder)
-        processor.save_pretrained(folder)
-
     def log(self, row: dict[str, float]) -> None:
         """Append to log.jsonl, but for figures that are not finite, which JSON cannot hold; and to the trackers."""
         if self.accelerator.is_main_process:
@@ -393,16 +364,16 @@ class RunFolder:
     def has_metrics(self) -> bool:
         return (self.folder / METRICS_FILE).is_file()
 
-    def require_model(self) -> None:
+    def require_model(self, patterns: tuple[str, ...]) -> None:
         """
         Raises:
-            ValueError: if the complete run's model is missing, with the way to have it again.
+            ValueError: if files of the complete run's model are missing, with the way to get them back.
         """
-        for kind, pattern in (("config.json", "config.json"), ("model.safetensors", "model*.safetensors")):
+        for pattern in patterns:
             if not any(self.folder.glob(pattern)):
                 raise ValueError(
-                    f"the run is complete, but {self.folder / kind} is missing. To have it again, delete the run's "
-                    "last checkpoint and run the same command: it goes on from the one before."
+                    f"the run is complete, but {self.folder / pattern.replace('*', '')} is missing. To get it back, "
+                    "delete the run's last checkpoint and run the same command: it goes on from the one before."
                 )
 
     def read_metrics(self) -> dict:
@@ -410,6 +381,9 @@ class RunFolder:
         Raises:
             ValueError: if metrics.json is missing or damaged, with the way to have it again.
         """
+        return self._on_main(self._read_metrics)
+
+    def _read_metrics(self) -> dict:
         try:
             return read_mapping(self.folder / METRICS_FILE)
         except (OSError, ValueError) as error:
@@ -429,10 +403,6 @@ class RunFolder:
             if hasattr(tracker, "log_images"):
                 layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
                 tracker.log_images({title: pixels}, step=step, **layout)
-
-
-def _default(field: Field) -> Any:
-    return field.default if field.default_factory is MISSING else field.default_factory()
 
 
 def _is_written(name: str) -> bool:

@@ -3,9 +3,9 @@
 import contextlib
 import logging
 import math
-import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from accelerate import Accelerator
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import get_device_states, set_device_states
 
+from ..data.randomness import rng, torch_rng
 from ..losses.discriminators import diff_augment, draw_augmentations
 from ..losses.image_losses import (
     LPIPS,
@@ -30,17 +31,16 @@ from ..losses.image_losses import (
 from ..losses.regularizers import FeatureAlignment, SpatialTransform, add_noise, draw_transform
 from ..measurement.metrics import CodebookHealth, DiscriminatorHealth, LatentStatistics, gather_rows
 from ..modeling_vqgan import VQGANModel, VQGANOutput
-from .configuration import VQGANTrainingConfig
+from .optimization import clip_gradient, step_optimizers
+from .task import RunState, StepOutput
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass
-class TrainState:
-    """What a run consists of. `model` and `discriminator` are as Accelerate prepared them (DDP with many processes)."""
+class TrainState(RunState):
+    """A tokenizer's run. `model` and `discriminator` are as Accelerate prepared them (DDP with many processes)."""
 
-    config: VQGANTrainingConfig
-    accelerator: Accelerator
     model: nn.Module
     discriminator: nn.Module | None
     perceptual: LPIPS | None
@@ -53,13 +53,6 @@ class TrainState:
     ema: EMAModel | None = None  # averages of the model's parameters
     alignment: FeatureAlignment | None = None  # as Accelerate prepared it
     lecam_anchors: tuple[float, float] | None = None  # moving averages of the real and the fake logits
-    step: int = 0  # optimizer steps done, skipped ones included
-    nonfinite_steps: int = 0  # of these, skipped
-    nonfinite_in_a_row: int = 0
-    seconds: float = 0.0  # of training, over all interruptions
-    unreadable: int = 0  # training samples whose own image could not be read, over all epochs
-    unreadable_images: dict[str, None] = field(default_factory=dict)  # the names of these images, each once
-    upscaled: int = 0  # training samples from images that had to be enlarged
     warned_of_codebook: bool = False
     warned_of_discriminator: bool = False
     latents: LatentStatistics | None = None  # measured when training is over
@@ -121,19 +114,20 @@ class TrainState:
             weights["disc_r1"] = self.config.r1_weight / 2 * self.config.r1_interval
         return weights
 
-    COUNTERS = ("step", "nonfinite_steps", "nonfinite_in_a_row", "seconds", "unreadable", "unreadable_images",
-                "upscaled", "warned_of_codebook", "warned_of_discriminator", "lecam_anchors")  # fmt: skip
+    COUNTERS: ClassVar[tuple[str, ...]] = (
+        *RunState.COUNTERS,
+        "warned_of_codebook",
+        "warned_of_discriminator",
+        "lecam_anchors",
+    )
 
     def state_dict(self) -> dict:
-        counters = {name: getattr(self, name) for name in self.COUNTERS}
-        return counters | {"health": self.health.state_dict(), "disc_health": self.disc_health.state_dict()}
+        return super().state_dict() | {"health": self.health.state_dict(), "disc_health": self.disc_health.state_dict()}
 
     def load_state_dict(self, state: dict) -> None:
+        super().load_state_dict(state)
         self.health.load_state_dict(state["health"])
         self.disc_health.load_state_dict(state["disc_health"])
-        state = {"unreadable_images": {}} | state  # earlier checkpoints have no names of them
-        for name in self.COUNTERS:
-            setattr(self, name, state[name])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -141,28 +135,25 @@ class TrainState:
 
 
 @dataclass
-class StepOutput:
+class TokenizerStepOutput(StepOutput):
     """
     Args:
-        losses (`dict[str, float]`): Every term, unweighted, averaged over micro-batches and processes.
         watched (`dict[str, float]`): How the game stands, empty before it starts. Means of real and fake logits
             (`logits_real`, `logits_fake`), shares on their right side of 0 (`disc_real_accuracy`,
             `disc_fake_accuracy`), and `gradient_ratio` = |λ w g_adv| / |g_rec| at the reconstruction.
         indices (`Tensor`): Codes of this process's images, `(M*B, h, w)` or `(M*B, h, w, n)`.
         latents (`Tensor`): Latents of this process's images, detached, `(M*B, D, h, w)`.
         adaptive_weight (`float`): λ; 0 while the discriminator is off.
-        grad_norm, disc_grad_norm (`float`): Norms before clipping.
-        nonfinite (`tuple[str, ...]`): Losses and norms that are NaN or infinite. If any, no weight has changed.
+        disc_grad_norm (`float`): Norm of the discriminator's gradient before clipping.
+        restarted_codes (`int`): How many dead codes were restarted after the step.
     """
 
-    losses: dict[str, float]
     watched: dict[str, float]
     indices: Tensor
     latents: Tensor
     adaptive_weight: float
-    grad_norm: float
     disc_grad_norm: float
-    nonfinite: tuple[str, ...] = ()
+    restarted_codes: int = 0
 
 
 @dataclass
@@ -176,7 +167,7 @@ class ImageGradients:
     watched: dict[str, Tensor] = field(default_factory=dict)
 
 
-def training_step(state: TrainState, micro_batches: list[Tensor]) -> StepOutput:
+def training_step(state: TrainState, micro_batches: list[Tensor]) -> TokenizerStepOutput:
     r"""
     One optimizer step of both networks on a list of micro-batches `(B, 3, H, W)` in [-1, 1].
 
@@ -243,7 +234,16 @@ def training_step(state: TrainState, micro_batches: list[Tensor]) -> StepOutput:
         if not nonfinite:
             move_lecam_anchors(state, watched)
     state.step += 1
-    return StepOutput(means, watched, torch.cat(indices), torch.cat(latents), applied, **norms, nonfinite=nonfinite)
+    return TokenizerStepOutput(
+        losses=means,
+        watched=watched,
+        indices=torch.cat(indices),
+        latents=torch.cat(latents),
+        adaptive_weight=applied,
+        grad_norm=norms["grad_norm"],
+        disc_grad_norm=norms["disc_grad_norm"],
+        nonfinite=nonfinite,
+    )
 
 
 def loss_scale(accelerator: Accelerator) -> float:
@@ -265,9 +265,10 @@ def generate(state: TrainState, pixels: Tensor, number: int, model: nn.Module | 
         if transform is not None:
             latents = transform(latents)
         if config.latent_noise_std:
-            first = (number * state.accelerator.num_processes + state.accelerator.process_index) * len(pixels)
-            places = range(first, first + len(pixels))
-            latents = add_noise(latents, config.latent_noise_std, [f"{config.seed} {state.step} {i}" for i in places])
+            first = state.step * state.global_batch + place_in_batch(state, number, len(pixels))
+            numbers = range(first, first + len(pixels))
+            generators = [torch_rng(config.seed, "latent noise", sample) for sample in numbers]
+            latents = add_noise(latents, config.latent_noise_std, generators)
         return latents
 
     changed = transform is not None or config.latent_noise_std
@@ -275,6 +276,14 @@ def generate(state: TrainState, pixels: Tensor, number: int, model: nn.Module | 
         output = model(pixels, force_not_quantize=not state.quantizing, latent_transform=change if changed else None)
     output.sample = at_least_float32(output.sample)
     return output
+
+
+def place_in_batch(state: TrainState, number: int, size: int) -> int:
+    """
+    Where in a step's whole batch this process's micro-batch `number`, of `size` samples, begins. What is random about a
+    sample is a function of its place, so it is the same for any number of processes and micro-batches.
+    """
+    return (number * state.accelerator.num_processes + state.accelerator.process_index) * size
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:
@@ -287,10 +296,13 @@ def spatial_transform(state: TrainState, pixels: Tensor) -> SpatialTransform | N
     if not config.equivariance_share:
         return None
     pixels_needed = max(16, state.perceptual.min_side if state.perceptual is not None else 0)
-    rng = random.Random(f"{config.seed} {state.step}")
     sides = pixels.shape[2] // factor
     return draw_transform(
-        config.equivariance_transforms, config.equivariance_share, sides, -(-pixels_needed // factor), rng
+        config.equivariance_transforms,
+        config.equivariance_share,
+        sides,
+        -(-pixels_needed // factor),
+        rng(config.seed, "equivariance", state.step),
     )
 
 
@@ -339,7 +351,9 @@ def image_gradients(state: TrainState, sample: Tensor, pixels: Tensor, number: i
         return ImageGradients(terms, reconstruction)
 
     real = pixels.detach().requires_grad_(state.penalizing)
-    shown_real, shown_fake = (augment(state, images, number, count, salt) for salt, images in enumerate((real, x_hat)))
+    shown_real, shown_fake = (
+        augment(state, images, number, count, kind) for kind, images in (("real", real), ("fake", x_hat))
+    )
     fake_logits = state.discriminator(shown_fake)
     terms["adversarial"] = adversarial_loss(fake_logits, config.adversarial_loss)
     (adversarial,) = torch.autograd.grad(terms["adversarial"] * scale, x_hat, retain_graph=True)
@@ -371,17 +385,17 @@ def image_gradients(state: TrainState, sample: Tensor, pixels: Tensor, number: i
     return ImageGradients(terms | disc_terms, reconstruction, adversarial, last_layer, watched)
 
 
-def augment(state: TrainState, images: Tensor, number: int, count: int, salt: int) -> Tensor:
+def augment(state: TrainState, images: Tensor, number: int, count: int, kind: str) -> Tensor:
     """
-    `diff_augment` for micro-batch `number` of `count`. The draws are a function of (seed, step) and of an image's place
-    in the whole batch, so any number of processes sees the same.
+    `diff_augment` for micro-batch `number` of `count`, of `kind` "real" or "fake". The draws are a function of
+    (seed, step) and of an image's place in the whole batch, so any number of processes sees the same.
     """
     config, accelerator = state.config, state.accelerator
     if not config.diff_augment:
         return images
-    generator = torch.Generator().manual_seed((config.seed * 1_000_003 + state.step) * 2 + salt)
+    generator = torch_rng(config.seed, f"augment {kind}", state.step)
     draws = draw_augmentations(len(images) * count * accelerator.num_processes, generator)
-    first = (number * accelerator.num_processes + accelerator.process_index) * len(images)
+    first = place_in_batch(state, number, len(images))
     mine = {name: rows[first : first + len(images)] for name, rows in draws.items()}
     return diff_augment(images, config.diff_augment, mine)
 
@@ -409,30 +423,16 @@ def clip_gradients(state: TrainState) -> dict[str, float]:
     limits = (config.max_grad_norm, disc_limit)
     for name, optimizer, limit in zip(norms, (state.optimizer, state.disc_optimizer), limits, strict=True):
         if name == "grad_norm" or state.adversarial:
-            if state.accelerator.scaler is not None:
-                state.accelerator.scaler.unscale_(optimizer)
-            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-            norms[name] = float(torch.nn.utils.clip_grad_norm_(parameters, limit or math.inf))
+            norms[name] = clip_gradient(state.accelerator, optimizer, limit)
     return norms
 
 
 def update_weights(state: TrainState, apply: bool) -> None:
-    """
-    Both optimizers and their schedules, if `apply`; and the end of this step's gradients.
-
-    The optimizers are plain ones, since Accelerate's would update the fp16 scale after each of the two.
-    """
-    scaler = state.accelerator.scaler
-    networks = [(state.optimizer, state.scheduler)]
+    """Both optimizers and their schedules, if `apply`; and the end of this step's gradients."""
+    optimizers = [(state.optimizer, state.scheduler)]
     if state.adversarial:
-        networks.append((state.disc_optimizer, state.disc_scheduler))
-    for optimizer, schedule in networks:
-        if apply:
-            optimizer.step() if scaler is None else scaler.step(optimizer)
-            schedule.step()
-        optimizer.zero_grad()
-    if scaler is not None:
-        scaler.update()
+        optimizers.append((state.disc_optimizer, state.disc_scheduler))
+    step_optimizers(state.accelerator, optimizers, apply)
 
 
 def _no_sync_unless(accelerator: Accelerator, last: bool, model: nn.Module | None):
@@ -471,13 +471,13 @@ def initialize_codebook(state: TrainState, batches: Iterator[dict], vectors_per_
             whole_steps = number % state.config.gradient_accumulation_steps == 0
             if whole_steps and have >= vectors_per_code * quantizer.num_codes:
                 break
-    quantizer.initialize_codebook(torch.cat(rows), torch.Generator().manual_seed(state.config.seed))
+    quantizer.initialize_codebook(torch.cat(rows), torch_rng(state.config.seed, "codebook"))
     broadcast(quantizer)
     for parameter in quantizer.codebook_parameters():
         move_average(state, parameter, torch.ones(len(parameter), dtype=torch.bool))
 
 
-def update_codebook(state: TrainState, output: StepOutput) -> int:
+def update_codebook(state: TrainState, output: TokenizerStepOutput) -> int:
     """
     What a step does to the codes besides gradients: moving averages, and the restart of dead codes on current latents.
 
@@ -502,7 +502,7 @@ def update_codebook(state: TrainState, output: StepOutput) -> int:
     # (processes, micro-batches, ...) to the order in which one process would have seen them
     vectors = flat_vectors(output.latents).unflatten(0, (1, config.gradient_accumulation_steps, -1))
     vectors = gather_rows(vectors).transpose(0, 1).flatten(0, 2)
-    generator = torch.Generator().manual_seed(config.seed * 1_000_003 + state.step)
+    generator = torch_rng(config.seed, "restart", state.step)
     restarted = quantizer.restart_codes(dead.to(vectors.device), vectors, generator)
     broadcast(quantizer)
     for parameter, rows in zip(parameters, restarted.view(len(parameters), -1), strict=True):

@@ -40,7 +40,8 @@ from hf_vqgan.configuration_vqgan import VQGANConfig
 from hf_vqgan.losses.image_losses import LPIPS
 from hf_vqgan.modeling_vqgan import VQGANModel
 from hf_vqgan.training.configuration import VQGANTrainingConfig
-from hf_vqgan.training.setup import build_accelerator, build_state, load_lpips
+from hf_vqgan.training.networks import build_state, load_lpips
+from hf_vqgan.training.setup import build_accelerator
 from hf_vqgan.training.step import TrainState, generate, training_step
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}

@@ -61,7 +61,7 @@ def generator_gradients(state: TrainState, output: VQGANOutput, pixels: Tensor) 
     """Two `autograd.grad` calls at the decoder's last layer for λ, then the whole loss backwards. Returns λ."""
     config, last_layer = state.config, state.vqgan.last_layer
     reconstruction = image_loss(state, output.sample, pixels)
-    fake_logits = state.discriminator(augment(state, output.sample, 0, 1, 1))
+    fake_logits = state.discriminator(augment(state, output.sample, 0, 1, "fake"))
     adversarial = adversarial_loss(fake_logits, config.adversarial_loss)
     balance = torch.ones(())
     if config.adaptive_weight:
@@ -84,8 +84,8 @@ def image_loss(state: TrainState, sample: Tensor, pixels: Tensor) -> Tensor:
 
 def discriminator_gradients(state: TrainState, sample: Tensor, pixels: Tensor) -> None:
     config, real = state.config, pixels.clone().requires_grad_(state.penalizing)
-    real_logits = state.discriminator(augment(state, real, 0, 1, 0))
-    fake_logits = state.discriminator(augment(state, sample, 0, 1, 1))
+    real_logits = state.discriminator(augment(state, real, 0, 1, "real"))
+    fake_logits = state.discriminator(augment(state, sample, 0, 1, "fake"))
     loss = 0.5 * sum(discriminator_losses(real_logits, fake_logits, config.adversarial_loss).values())
     if state.penalizing:
         loss = loss + config.r1_weight / 2 * config.r1_interval * r1_penalty(real_logits, real)

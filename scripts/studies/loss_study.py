@@ -21,13 +21,14 @@ from torch import Tensor
 from hf_vqgan.configuration_vqgan import VQGANConfig
 from hf_vqgan.evaluation.latent_analysis import GROUPS, LatentAnalysisConfig, NotApplicable, Subject, prepare
 from hf_vqgan.files.documents import write_text
+from hf_vqgan.files.options import MAX_SEED, check_values, option
 from hf_vqgan.losses.image_losses import LPIPS
 from hf_vqgan.losses.lpips_weights import NETWORKS
 from hf_vqgan.measurement.latent_pictures import draw_strips
 from hf_vqgan.measurement.latent_space import high_frequency_share, slerp
 from hf_vqgan.measurement.pictures import draw_comparison
-from hf_vqgan.training.configuration import MAX_SEED, VQGANTrainingConfig, check_values, option
-from hf_vqgan.training.loop import train
+from hf_vqgan.training.configuration import VQGANTrainingConfig
+from hf_vqgan.training.tokenizer import train
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What is compared

@@ -30,8 +30,8 @@ from test_training import run_config, stop_after
 
 from hf_vqgan import VQGANConfig
 from hf_vqgan.training.checkpoint import collect_states
-from hf_vqgan.training.loop import train
 from hf_vqgan.training.run_folder import RunFolder, find_damage, write_manifest
+from hf_vqgan.training.tokenizer import train
 
 
 @pytest.fixture(scope="session")

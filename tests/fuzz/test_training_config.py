@@ -14,10 +14,10 @@ from studies.loss_study import LossStudyConfig
 
 from hf_vqgan.evaluation.comparison import EvaluationConfig
 from hf_vqgan.evaluation.latent_analysis import LatentAnalysisConfig
-from hf_vqgan.generation.diffusion import LatentDiffusionConfig
+from hf_vqgan.generation.denoisers import LatentDiffusionConfig
 from hf_vqgan.generation.encoded_dataset import EncodingConfig
 from hf_vqgan.training.arguments import ModelArguments, RecipeParser
-from hf_vqgan.training.loop import VQGANTrainingConfig
+from hf_vqgan.training.configuration import VQGANTrainingConfig
 
 CONFIGS = [VQGANTrainingConfig, EvaluationConfig, LatentAnalysisConfig, EncodingConfig, LatentDiffusionConfig,
            LossStudyConfig]  # fmt: skip

@@ -12,7 +12,8 @@ from conftest import TINY
 
 from hf_vqgan import VQGANConfig
 from hf_vqgan.training.configuration import VQGANTrainingConfig
-from hf_vqgan.training.setup import build_accelerator, build_state, load_lpips
+from hf_vqgan.training.networks import build_state, load_lpips
+from hf_vqgan.training.setup import build_accelerator
 from hf_vqgan.training.step import training_step
 
 MICRO_BATCHES = 3

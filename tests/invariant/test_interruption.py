@@ -21,8 +21,9 @@ from conftest import TINY
 from safetensors.torch import load_file
 
 from hf_vqgan import VQGANConfig
-from hf_vqgan.training.loop import VQGANTrainingConfig, train
+from hf_vqgan.training.configuration import VQGANTrainingConfig
 from hf_vqgan.training.run_folder import find_damage
+from hf_vqgan.training.tokenizer import train
 
 RUN = dict(
     resolution=32,
@@ -73,7 +74,7 @@ def run(fields: dict, errors: str) -> None:
 @pytest.fixture(scope="module")
 def server():
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["hf_vqgan.training.loop"])
+    context.set_forkserver_preload(["hf_vqgan.training.tokenizer"])
     return context
 
 

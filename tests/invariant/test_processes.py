@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 
 from hf_vqgan import VQGANConfig
 from hf_vqgan.evaluation.comparison import EvaluationConfig, evaluate
-from hf_vqgan.training.loop import VQGANTrainingConfig, train
+from hf_vqgan.training.configuration import VQGANTrainingConfig
+from hf_vqgan.training.tokenizer import train
 
 SCRIPTS = Path(__file__).parent.parent.parent / "scripts"
 

@@ -23,7 +23,7 @@ SCRIPTS = Path(__file__).parent.parent.parent / "scripts"
 
 def start_server() -> BaseContext:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["hf_vqgan.training.loop"])
+    context.set_forkserver_preload(["hf_vqgan.training.tokenizer"])
     return context
 
 
