@@ -430,7 +430,7 @@ class MaskedTokenModel(TokenModel):
         indices: Tensor,
         class_labels: Tensor | None = None,
         num_draws: int = 16,
-        generator: torch.Generator | None = None,
+        generator: Generators = None,
     ) -> Tensor:
         r"""
         An estimate of an upper bound of -log2 p(indices | class), `(B,)`, where p is the model's when it fills in one
@@ -438,13 +438,14 @@ class MaskedTokenModel(TokenModel):
 
         The bound is -E log2 p(indices | order) over all orders (https://huggingface.co/papers/2110.02037), which is
         N / k * Σ -log2 p(token | tokens not masked) on average over k, uniform in 1..N, and the k masked tokens.
-        The estimate is unbiased; its variance falls with `num_draws`, whose k are spread evenly over 1..N.
+        The estimate is unbiased; its variance falls with `num_draws`, whose k are spread evenly over 1..N. With one
+        `generator` per image, an image's estimate does not depend on the others of its batch.
         """
         count = math.prod(self.config.grid_shape)
         total = torch.zeros(len(indices), device=indices.device)
         for number in range(num_draws):
             # (B,) numbers of masked tokens: a random one of each of num_draws equal parts of 1..N
-            u = torch.rand(len(indices), generator=generator, dtype=torch.float64)
+            u = uniform((len(indices),), generator, torch.device("cpu")).double()
             k = ((number + u) / num_draws * count).long().clamp(max=count - 1) + 1
             masked = random_subsets(len(indices), k, count, generator).view(indices.shape).to(indices.device)
             logits = self(indices, class_labels, masked=masked).logits.float()
@@ -511,7 +512,7 @@ def masked_count(step: int, steps: int, count: int) -> int:
     return min(max(cosine, steps - step), count - step)
 
 
-def random_subsets(batch: int, sizes: Tensor, count: int, generator: torch.Generator | None = None) -> Tensor:
+def random_subsets(batch: int, sizes: Tensor, count: int, generator: Generators = None) -> Tensor:
     """Uniformly random subsets of `count` things, of sizes `(B,)`, as masks `(B, count)`, on the CPU."""
-    ranks = torch.rand(batch, count, generator=generator).argsort(1).argsort(1)
+    ranks = uniform((batch, count), generator, torch.device("cpu")).argsort(1).argsort(1)
     return ranks < sizes[:, None]

@@ -19,7 +19,8 @@ from PIL import Image
 from test_token_models import KINDS, SMALL, both
 
 from hf_vqgan import QUANTIZERS, VQGANConfig, VQGANModel, VQGANTokenPipeline
-from hf_vqgan.generation.tokens import TokenTrainingConfig, build_token_model, draw_samples
+from hf_vqgan.generation.token_models import TokenTrainingConfig, build_token_model
+from hf_vqgan.generation.tokens import draw_samples
 from hf_vqgan.hub.push import push_pipeline_to_hub
 
 NAMES = {0: "cat", 1: "dog", 2: "eel"}

@@ -13,14 +13,13 @@ from torch.nn import functional as F
 
 from hf_vqgan import MaskedTokenConfig, VQGANConfig, VQGANModel
 from hf_vqgan.data.datasets import ImageTransform
-from hf_vqgan.generation.samples import LatentSamples
-from hf_vqgan.generation.tokens import (
+from hf_vqgan.generation.samples import LatentSamples, raw_indices
+from hf_vqgan.generation.token_models import (
     MEAN_MASKED,
     Draws,
     TokenTrainingConfig,
     build_token_model,
     draw,
-    raw_indices,
     shuffled_share,
     token_loss,
 )

@@ -1,4 +1,4 @@
-"""Rows of a dataset, of images or of what `hf-vqgan encode` made of them, as the latents a diffusion model learns."""
+"""Rows of a dataset, of images or of what `hf-vqgan encode` made of them, as latents or indices to learn."""
 
 import logging
 import math
@@ -142,6 +142,7 @@ def encode_samples(
         batch_size=batch_size,
         num_workers=num_workers,
         collate_fn=collate_samples,
+        generator=torch.Generator(),  # as in `load_batches`
     )
     encoded, labels = [], []
     reasons: dict[str, str] = {}
@@ -168,6 +169,35 @@ def raw_latents(vqgan: VQGANModel, batch: dict[str, Tensor]) -> Tensor:
     else:
         latents = batch["latents"]
     return latents.float()
+
+
+@torch.no_grad()
+def raw_indices(vqgan: VQGANModel, batch: dict[str, Tensor]) -> Tensor:
+    """
+    The batch's indices `(B, h, w)` or `(B, h, w, n)`, int64, whichever of the three forms of `LatentSamples` it has.
+
+    Raises:
+        ValueError: for latents or indices that the VQ-GAN does not have.
+    """
+    if "pixel_values" in batch:
+        return vqgan.encode_indices(batch["pixel_values"])
+    if "latents" in batch:
+        latents = batch["latents"].float()
+        if latents.shape[1] != vqgan.config.vq_embed_dim:
+            raise ValueError(
+                f"latents of shape {tuple(latents.shape)}: this VQ-GAN has {vqgan.config.vq_embed_dim} channels. "
+                "Encode the dataset with it."
+            )
+        return vqgan.quantize(latents).indices
+    indices = batch["indices"].long()
+    codes, several = vqgan.quantize.num_codes, vqgan.quantize.num_codebooks
+    expected = "(B, h, w)" if several == 1 else f"(B, h, w, {several})"
+    if indices.shape[3:] != (() if several == 1 else (several,)) or indices.min() < 0 or indices.max() >= codes:
+        raise ValueError(
+            f"indices of shape {tuple(indices.shape)} in [{indices.min()}, {indices.max()}]: this VQ-GAN has indices "
+            f"{expected} in [0, {codes - 1}]. Encode the dataset with it."
+        )
+    return indices
 
 
 def _read_classes(rows: datasets.Dataset, column: str) -> tuple[list[int], dict[int, str]]:

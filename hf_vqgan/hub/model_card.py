@@ -313,7 +313,7 @@ VQ-GAN: {{ vqgan }}. Data: {{ dataset }}. {{ "{:,}".format(metrics.steps) }} ste
 [training_config.yaml](training_config.yaml).
 
 ```bash
-accelerate launch scripts/train_token_model.py --config training_config.yaml
+hf-vqgan train-tokens --config training_config.yaml
 ```
 """
 
