@@ -40,6 +40,8 @@ SMALL = {
     "train-diffusion": "--block_out_channels 8 16 --layers_per_block 1 --norm_num_groups 4 \
         --train_batch_size 4 --attention_head_dim 8 --max_train_steps 2 --sample_images 3 --sample_inference_steps 2 \
         --cpu_threads 1",
+    "train-tokens": "--hidden_size 16 --num_layers 1 --num_attention_heads 2 --train_batch_size 4 \
+        --max_train_steps 2 --sample_images 2 --sample_inference_steps 2 --cpu_threads 1",
     "analyze": "--split train --resolution 32 --max_samples 8 --path_steps 3 --lipschitz_images 2 \
         --lipschitz_iterations 2 --consistency_contexts 2 --consistency_codes 4 --diffusion_steps 2 \
         --perceptual_weights_path LPIPS/alex.safetensors",

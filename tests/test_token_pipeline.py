@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import datasets
 import diffusers
 import numpy as np
 import pytest
@@ -209,12 +210,16 @@ def save_run(folder: Path, pipeline: VQGANTokenPipeline, kind: str) -> None:
     pipeline.save_pretrained(folder)
     settings = TokenTrainingConfig(vqgan="user/vqgan", dataset_name="user/images", token_model=kind)
     (folder / "training_config.yaml").write_text(yaml.safe_dump(vars(settings)))
-    (folder / "metrics.json").write_text(json.dumps({"loss": 3.25, "steps": 1000}))
+    bits = {"bits_per_image" if kind == "autoregressive" else "bits_per_image_upper_bound": 123.45}
+    likelihood = {"likelihood_split": "test", "likelihood_images": 200}
+    (folder / "metrics.json").write_text(json.dumps({"loss": 3.25, "steps": 1000} | bits | likelihood))
     Image.new("RGB", (8, 8)).save(folder / "samples-1000.png")
 
 
 PUSH = """
-import diffusers, torch
+import contextlib, diffusers, sys, torch
+from hf_vqgan.generation.token_models import TokenTrainingConfig
+from hf_vqgan.generation.tokens import train_token_model
 from hf_vqgan.hub.push import push_pipeline_to_hub
 
 for folder, name in names.items():
@@ -223,22 +228,39 @@ for folder, name in names.items():
     whole = diffusers.DiffusionPipeline.from_pretrained(name)
     half = diffusers.DiffusionPipeline.from_pretrained(name, variant="bf16", torch_dtype=torch.bfloat16)
     print(half.token_model.dtype, whole.token_model.dtype, half(class_labels="eel").images[0].size)
+with contextlib.redirect_stdout(sys.stderr):
+    train_token_model(TokenTrainingConfig(**training, push_to_hub=True))
+pipeline = diffusers.DiffusionPipeline.from_pretrained(training["hub_model_id"])
+print(pipeline(class_labels=1).images[0].size)
 """
 
 
 def test_pushed_with_a_card(trained_model, tmp_path):
-    """What a training leaves behind, on the Hub and back, also in half precision."""
+    """What a training leaves behind, on the Hub and back, also in half precision; and what a training pushes itself."""
     pipelines = {kind: pipeline_of(trained_model, kind) for kind in KINDS}
     hub = LoopbackHub()
     try:
         names = {str(tmp_path / kind): hub.name(f"{kind}-tokens") for kind in KINDS}
         for kind, pipeline in pipelines.items():
             save_run(tmp_path / kind, pipeline, kind)
-        printed = hub.run(f"names = {names!r}\n{PUSH}", tmp_path / "home").splitlines()
+        trained = hub.name("trained")
+        rows = {"indices": torch.randint(64, (4, 8, 8)).tolist(), "label": [0, 1, 0, 1]}
+        datasets.Dataset.from_dict(rows).to_parquet(tmp_path / "codes.parquet")
+        training = dict(
+            vqgan=str(tmp_path / "masked" / "vqvae"), dataset_name=str(tmp_path / "codes.parquet"), hidden_size=16,
+            class_column="label", output_dir=str(tmp_path / "run"), hub_model_id=trained, num_layers=1, cpu_threads=1,
+            num_attention_heads=2, train_batch_size=2, max_train_steps=1, sample_images=2, hub_license="mit",
+        )  # fmt: skip
+        code = f"names, training = {names!r}, {training!r}\n{PUSH}"
+        printed = hub.run(code, tmp_path / "home").splitlines()
         found = {kind: hub.files(name) for kind, name in zip(KINDS, names.values(), strict=True)}
+        own = hub.files(trained)
     finally:
         hub.close()
-    assert printed == ["torch.bfloat16 torch.float32 (16, 16)"] * 2
+    assert printed == ["torch.bfloat16 torch.float32 (16, 16)"] * 2 + ["(16, 16)"]
+    assert own["samples.png"] == (tmp_path / "run" / "samples-1.png").read_bytes()
+    assert "Tokens of 4 images of split `train` take" in own["README.md"].decode()
+    assert not any(str(tmp_path).encode() in content for content in own.values())
     for kind, files in found.items():
         assert {"samples.png", "token_model/model.safetensors", "token_model/model.bf16.safetensors"} <= set(files)
         card = files["README.md"].decode()
@@ -247,6 +269,8 @@ def test_pushed_with_a_card(trained_model, tmp_path):
         call = card.split("= pipeline(")[1].split(").images")[0]
         assert len(eval(f"pipeline({call})", {"pipeline": pipelines[kind]}).images) == 2
         assert ("exact code length" in card) == (kind == "autoregressive")
+        at_most = "" if kind == "autoregressive" else "at most "
+        assert f"200 images of split `test` take {at_most}123.5 bits per image, given their class." in card
 
 
 @both

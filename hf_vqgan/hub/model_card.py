@@ -309,8 +309,8 @@ Classes: {{ classes | join(", ") }}.
 ## Training
 
 VQ-GAN: {{ vqgan }}. Data: {{ dataset }}. {{ "{:,}".format(metrics.steps) }} steps of {{ settings.train_batch_size }} x
-{{ settings.gradient_accumulation_steps }} samples per process, last loss {{ "%.4f" | format(metrics.loss) }}. Settings:
-[training_config.yaml](training_config.yaml).
+{{ settings.gradient_accumulation_steps }} samples per process, last loss {{ "%.4f" | format(metrics.loss) }}.{{ bits }}
+Settings: [training_config.yaml](training_config.yaml).
 
 ```bash
 hf-vqgan train-tokens --config training_config.yaml
@@ -352,7 +352,18 @@ def make_token_pipeline_card(
         dataset=_link(settings["dataset_name"], "datasets/"),
         metrics=metrics,
         settings=settings,
+        bits=_describe_bits(metrics, bool(classes)),
     )
+
+
+def _describe_bits(metrics: dict, has_classes: bool) -> str:
+    """A sentence about the likelihood, if it was measured."""
+    for name, at_most in (("bits_per_image", ""), ("bits_per_image_upper_bound", "at most ")):
+        if name in metrics:
+            images = f"{metrics['likelihood_images']:,} images of split `{metrics['likelihood_split']}`"
+            given = ", given their class" if has_classes else ""
+            return f" Tokens of {images} take {at_most}{metrics[name]:.1f} bits per image{given}."
+    return ""
 
 
 def _pipeline_card_data(
