@@ -2,7 +2,6 @@
 
 import argparse
 import importlib
-import json
 import os
 import signal
 import subprocess
@@ -231,15 +230,3 @@ def test_ctrl_c_while_importing(tmp_path, environment):
         process.communicate(timeout=60)[1].endswith("hf-vqgan train: stopped by Ctrl-C.\n")
         and process.returncode == 130
     )
-
-
-def test_train_tokens(image_folder, trained_model, tmp_path, environment):
-    """A whole run: a model of the tokens of a folder's images, and its likelihood on the validation images."""
-    trained_model.save_pretrained(tmp_path / "vqgan")
-    size = "--hidden_size 16 --num_layers 1 --num_attention_heads 2 --train_batch_size 4 --max_train_steps 2"
-    flags = ["--vqgan", "vqgan", "--dataset_name", str(image_folder), "--output_dir", "run", *size.split()]
-    done = run("train-tokens", *flags, "--sample_images", "1", "--cpu_threads", "1", cwd=tmp_path, env=environment)
-    assert done.returncode == 0, done.stderr
-    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
-    assert metrics["likelihood_split"] == "validation" and 0 < metrics["bits_per_token"] < 12
-    assert {"model_index.json", "samples-2.png", "checkpoint-2"} <= {path.name for path in (tmp_path / "run").iterdir()}

@@ -72,10 +72,10 @@ def load_samples(
     """
     splits = load_rows(config, accelerator)
     samples = make_samples(config, vqgan, splits[config.train_split], preferred=FORMS)
-    split = find_validation_split(splits, config.dataset_name, config.train_split, config.validation_split)
-    split = split or config.train_split
     if not config.likelihood_images:
         return samples, None
+    split = find_validation_split(splits, config.dataset_name, config.train_split, config.validation_split)
+    split = split or config.train_split
     rows = splits[split].select(range(min(len(splits[split]), config.likelihood_images)))
     central = dataclasses.replace(config, center_crop=True, random_flip=False)
     return samples, HeldOut(split, make_samples(central, vqgan, rows, preferred=FORMS))
