@@ -7,13 +7,20 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 __all__ = [
     "QUANTIZERS",
+    "AutoregressiveTokenConfig",
+    "AutoregressiveTokenModel",
+    "MaskedTokenConfig",
+    "MaskedTokenModel",
     "QuantizerOutput",
+    "TokenModelOutput",
+    "TokenSampling",
     "VQGANConfig",
     "VQGANEncoderOutput",
     "VQGANImageProcessor",
     "VQGANLatentDiffusionPipeline",
     "VQGANModel",
     "VQGANOutput",
+    "VQGANTokenPipeline",
 ]
 
 # Importing torch, transformers and diffusers takes seconds. The command `hf-vqgan` (or `python -m hf_vqgan`, for which
@@ -21,13 +28,20 @@ __all__ = [
 if TYPE_CHECKING or Path(sys.argv[0] if sys.argv else "").name not in ("hf-vqgan", "-m"):
     from .registration import (
         QUANTIZERS,
+        AutoregressiveTokenConfig,
+        AutoregressiveTokenModel,
+        MaskedTokenConfig,
+        MaskedTokenModel,
         QuantizerOutput,
+        TokenModelOutput,
+        TokenSampling,
         VQGANConfig,
         VQGANEncoderOutput,
         VQGANImageProcessor,
         VQGANLatentDiffusionPipeline,
         VQGANModel,
         VQGANOutput,
+        VQGANTokenPipeline,
     )
 else:
 

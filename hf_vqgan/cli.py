@@ -37,6 +37,7 @@ COMMANDS = {
     "analyze": Command("Measure and picture a model's latent space."),
     "encode": Command("Encode an image dataset into latents and codes.", processes=True),
     "train-diffusion": Command("Train a latent diffusion model on a VQ-GAN's latents.", processes=True),
+    "train-tokens": Command("Train a model of a VQ-GAN's tokens, autoregressive or masked.", processes=True),
     "convert": Command("Convert a published VQ tokenizer, or export to another project's format."),
     "app": Command("Serve a page to play with trained models."),
     "recipes": Command("List the recipes that come with the package, or print one.", needs_library=False),

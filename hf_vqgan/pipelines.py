@@ -37,6 +37,24 @@ def count_classes(denoiser: UNet2DModel | DiTTransformer2DModel) -> int:
     return max((denoiser.config.num_class_embeds or 0) - 1, 0)
 
 
+def class_numbers(class_labels: int | str | list[int | str] | Tensor, classes: int, id2label: dict | None) -> list[int]:
+    """
+    The numbers of classes given by number or name.
+
+    Raises:
+        ValueError: for a number that is not in [0, `classes`), or a name that is not in `id2label`.
+    """
+    if isinstance(class_labels, (int, str)):
+        class_labels = [class_labels]
+    numbers_of = {name: int(number) for number, name in (id2label or {}).items()}
+    numbers = [numbers_of.get(label, -1) if isinstance(label, str) else int(label) for label in class_labels]
+    unknown = [label for label, number in zip(class_labels, numbers, strict=True) if not 0 <= number < classes]
+    if unknown:
+        names = f", or their names in pipeline.config.id2label ({len(numbers_of)} of them)" if numbers_of else ""
+        raise ValueError(f"class_labels {unknown}: expected indices from 0 to {classes - 1}{names}.")
+    return numbers
+
+
 def predict(
     denoiser: UNet2DModel | DiTTransformer2DModel, latents: Tensor, timesteps: Tensor, class_labels: Tensor | None
 ) -> Tensor:
@@ -180,13 +198,6 @@ class VQGANLatentDiffusionPipeline(DiffusionPipeline):
             return torch.full((batch_size,), classes, device=self._execution_device), classes
         if not classes:
             raise ValueError("class_labels are given, but the pipeline's denoiser is unconditional.")
-        if isinstance(class_labels, (int, str)):
-            class_labels = [class_labels]
-        index_of = {name: int(index) for index, name in (self.config.id2label or {}).items()}
-        indices = [index_of.get(label, -1) if isinstance(label, str) else int(label) for label in class_labels]
-        unknown = [label for label, index in zip(class_labels, indices, strict=True) if not 0 <= index < classes]
-        if unknown:
-            names = f", or their names in pipeline.config.id2label ({len(index_of)} of them)" if index_of else ""
-            raise ValueError(f"class_labels {unknown}: expected indices from 0 to {classes - 1}{names}.")
-        labels = torch.tensor(indices, device=self._execution_device)
+        numbers = class_numbers(class_labels, classes, self.config.id2label)
+        labels = torch.tensor(numbers, device=self._execution_device)
         return labels.repeat_interleave(batch_size), classes

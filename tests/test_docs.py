@@ -40,6 +40,8 @@ SMALL = {
     "train-diffusion": "--block_out_channels 8 16 --layers_per_block 1 --norm_num_groups 4 \
         --train_batch_size 4 --attention_head_dim 8 --max_train_steps 2 --sample_images 3 --sample_inference_steps 2 \
         --cpu_threads 1",
+    "train-tokens": "--hidden_size 16 --num_layers 1 --num_attention_heads 2 --train_batch_size 4 \
+        --max_train_steps 2 --sample_images 2 --sample_inference_steps 2 --cpu_threads 1",
     "analyze": "--split train --resolution 32 --max_samples 8 --path_steps 3 --lipschitz_images 2 \
         --lipschitz_iterations 2 --consistency_contexts 2 --consistency_codes 4 --diffusion_steps 2 \
         --perceptual_weights_path LPIPS/alex.safetensors",
@@ -146,6 +148,12 @@ def given_latent_space() -> dict:
     return {}
 
 
+def given_tokens() -> dict:
+    save_images("user/images", ["cats", "dogs"])
+    save_model("runs/mine")
+    return {}
+
+
 GIVEN = {
     "tutorial": given_tutorial,
     "training": given_training,
@@ -153,6 +161,7 @@ GIVEN = {
     "checkpoints": given_checkpoints,
     "diffusers": given_diffusers,
     "latent_space": given_latent_space,
+    "tokens": given_tokens,
 }
 
 
@@ -175,6 +184,7 @@ def run_command(command: list[str], monkeypatch) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning")  # transformers' Trainer, on CPU
 @pytest.mark.parametrize("page", [page for page in PAGES if read_blocks(page)], ids=lambda page: page.stem)
 def test_blocks_run_or_say_what_they_need(page, reader, monkeypatch):
     blocks = [block for block in read_blocks(page) if not block.needs]

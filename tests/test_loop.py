@@ -1,9 +1,11 @@
 """What the one loop promises, for every kind of task it runs."""
 
 import dataclasses
+import itertools
 import json
 import os
 import signal
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,20 +16,30 @@ from conftest import TINY
 from safetensors.torch import load_file
 
 import hf_vqgan.generation.diffusion
+import hf_vqgan.generation.tokens
 import hf_vqgan.training.tokenizer
 from hf_vqgan import VQGANConfig
 from hf_vqgan.generation.denoisers import LatentDiffusionConfig
+from hf_vqgan.generation.token_models import TokenTrainingConfig
 from hf_vqgan.training.configuration import VQGANTrainingConfig
 from hf_vqgan.training.interruption import Preempted
+from hf_vqgan.training.setup import load_batches
 
 
 @dataclass
 class Trainer:
-    """A trainer with settings for a short run; `weights` is where a run's model is."""
+    """
+    A trainer with settings for a short run.
+
+    Args:
+        weights: Where a run's model is.
+        loss: The name of a function that is called once for each micro-batch; NaN pixels do not make its result NaN.
+    """
 
     train: Callable
-    config: VQGANTrainingConfig | LatentDiffusionConfig
+    config: VQGANTrainingConfig | LatentDiffusionConfig | TokenTrainingConfig
     weights: str
+    loss: str | None = None
 
     def run(self, output_dir: Path, dry_run: bool = False, **fields) -> dict:
         return self.train(dataclasses.replace(self.config, output_dir=str(output_dir), **fields), dry_run)
@@ -65,11 +77,26 @@ def denoiser(tmp_path: Path, images: str, trained_model) -> Trainer:
     )
 
 
-@pytest.fixture(params=["tokenizer", "denoiser"])
+def token_model(tmp_path: Path, images: str, trained_model, kind: str) -> Trainer:
+    trained_model.save_pretrained(tmp_path / "vqgan")
+    config = TokenTrainingConfig(
+        vqgan=str(tmp_path / "vqgan"), dataset_name=images, resolution=16, random_flip=True, token_model=kind,
+        hidden_size=16, num_layers=1, num_attention_heads=2, random_order=0.5 * (kind == "autoregressive"),
+        sample_steps=3, sample_images=2, sample_inference_steps=2, **COMMON,
+    )  # fmt: skip
+    return Trainer(
+        hf_vqgan.generation.tokens.train_token_model, config, "token_model/model.safetensors",
+        "hf_vqgan.generation.tokens.token_loss",
+    )  # fmt: skip
+
+
+@pytest.fixture(params=["tokenizer", "denoiser", "tokens-autoregressive", "tokens-masked"])
 def trainer(request, tmp_path, image_folder, random_trunk, trained_model) -> Trainer:
     if request.param == "tokenizer":
         return tokenizer(tmp_path, str(image_folder), random_trunk)
-    return denoiser(tmp_path, str(image_folder), trained_model)
+    if request.param == "denoiser":
+        return denoiser(tmp_path, str(image_folder), trained_model)
+    return token_model(tmp_path, str(image_folder), trained_model, request.param.removeprefix("tokens-"))
 
 
 def rows_of(output_dir: Path) -> list[dict]:
@@ -126,21 +153,28 @@ def test_notice_saves_and_stops(trainer, tmp_path, number, code):
     assert_same_run(trainer, tmp_path / "whole", tmp_path / "stopped")
 
 
-def poison(step: int, times: int = 1) -> Callable:
-    """`load_batches` whose batches `step` to `step + times - 1` are NaN."""
-    from hf_vqgan.training.setup import load_batches
+def poison(patch: pytest.MonkeyPatch, trainer: Trainer, step: int, times: int = 1) -> None:
+    """Make batches, or the loss, of steps `step` to `step + times - 1` NaN. They count from 0."""
+    if trainer.loss is not None:
+        module, name = trainer.loss.rsplit(".", 1)
+        loss, numbers = getattr(sys.modules[module], name), itertools.count()
+        patch.setattr(
+            trainer.loss, lambda *args: loss(*args) * (torch.nan if step <= next(numbers) < step + times else 1)
+        )
+        return
 
     def load(dataset, batch_size, start, stop, **options):
         for number, batch in enumerate(load_batches(dataset, batch_size, start, stop, **options), start):
             pixels = batch["pixel_values"]
             yield batch | {"pixel_values": pixels * torch.nan if step <= number < step + times else pixels}
 
-    return load
+    patch.setattr("hf_vqgan.training.setup.load_batches", load)
 
 
-def test_steps_that_are_not_finite_are_skipped_up_to_a_limit(trainer, tmp_path, monkeypatch):
-    monkeypatch.setattr("hf_vqgan.training.setup.load_batches", poison(2))
-    trainer.run(tmp_path / "one", max_nonfinite_steps=2)
+def test_steps_that_are_not_finite_are_skipped_up_to_a_limit(trainer, tmp_path):
+    with pytest.MonkeyPatch.context() as patch:
+        poison(patch, trainer, 2)
+        trainer.run(tmp_path / "one", max_nonfinite_steps=2)
     assert [row["nonfinite_steps"] for row in rows_of(tmp_path / "one") if "nonfinite_steps" in row] == [
         0,
         0,
@@ -150,9 +184,12 @@ def test_steps_that_are_not_finite_are_skipped_up_to_a_limit(trainer, tmp_path, 
         1,
     ]
     assert all(weight.isfinite().all() for weight in trainer.final_weights(tmp_path / "one").values())
-    monkeypatch.setattr("hf_vqgan.training.setup.load_batches", poison(2, times=2))
-    with pytest.raises(FloatingPointError, match=r"step 4: 2 steps in a row \(max_nonfinite_steps\) were not finite"):
-        trainer.run(tmp_path / "two", max_nonfinite_steps=2)
+    with pytest.MonkeyPatch.context() as patch:
+        poison(patch, trainer, 2, times=2)
+        with pytest.raises(
+            FloatingPointError, match=r"step 4: 2 steps in a row \(max_nonfinite_steps\) were not finite"
+        ):
+            trainer.run(tmp_path / "two", max_nonfinite_steps=2)
 
 
 def test_dry_run_leaves_nothing(trainer, tmp_path, capsys):

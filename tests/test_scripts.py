@@ -15,6 +15,7 @@ MISTYPED = {
     "evaluate_vqgan.py": ["./typo", "photos"],
     "encode_dataset.py": ["./typo", "photos", "out"],
     "train_latent_diffusion.py": ["--vqgan", "./typo", "--dataset_name", "photos"],
+    "train_token_model.py": ["--vqgan", "./typo", "--dataset_name", "photos"],
     "analyze_latent_space.py": ["./typo", "photos"],
     "convert_checkpoint.py": ["./typo", "out"],
     "app.py": ["./typo"],

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..generation.denoisers import LatentDiffusionConfig, denoising_loss
 from ..generation.diffusion import build_task
-from ..generation.generator import load_samples
+from ..generation.generator import load_rows, make_samples
 from ..pipelines import normalize_latents
 from ..training.setup import build_accelerator
 from .latent_subject import Subject
@@ -44,7 +44,7 @@ def train_small_diffusion(subject: Subject, channels: list[int]) -> DiffusionPip
     # Whatever the model's own factors say, so that models compare.
     model = copy.deepcopy(subject.autoencoder.model).to(accelerator.device)
     model.config.scaling_factor, model.config.shift_factor = 1 / float(latents.std()), float(latents.mean())
-    samples = load_samples(settings, model, accelerator)
+    samples = make_samples(settings, model, load_rows(settings, accelerator)[settings.train_split])
     with torch.enable_grad():
         pipeline = build_task(settings, accelerator, model, samples).fit()
     pipeline.set_progress_bar_config(disable=True)

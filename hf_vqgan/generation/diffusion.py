@@ -1,30 +1,32 @@
 """Training a diffusion model of a VQ-GAN's latents."""
 
-import copy
 import dataclasses
-import math
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import send_to_device, set_seed
+from accelerate.utils import set_seed
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
-from diffusers.optimization import get_scheduler
-from diffusers.training_utils import EMAModel
 from PIL import Image
-from torch import Tensor
-from torch.utils.data import default_collate
-from torchvision.transforms.v2 import functional as tvF
-from torchvision.utils import make_grid
+from torch import Tensor, nn
 
 from ..hub.push import push_pipeline_to_hub
 from ..modeling_vqgan import VQGANModel
 from ..pipelines import VQGANLatentDiffusionPipeline, count_classes, normalize_latents
 from ..training.loop import run_task
-from ..training.optimization import build_optimizer
 from ..training.setup import build_accelerator
 from .denoisers import LatentDiffusionConfig, build_denoiser, build_schedulers, denoising_loss, draw
-from .generator import GeneratorState, GeneratorTask, count_steps, load_samples, load_tokenizer
+from .generator import (
+    GeneratorState,
+    GeneratorTask,
+    build_state,
+    count_steps,
+    draw_grid,
+    first_batch,
+    load_rows,
+    load_tokenizer,
+    make_samples,
+)
 from .samples import LatentSamples, raw_latents
 
 
@@ -47,7 +49,7 @@ def train_latent_diffusion(config: LatentDiffusionConfig, dry_run: bool = False)
     accelerator = build_accelerator(config)
     set_seed(config.seed)
     vqgan = load_tokenizer(config.vqgan, accelerator.device)
-    samples = load_samples(config, vqgan, accelerator)
+    samples = make_samples(config, vqgan, load_rows(config, accelerator)[config.train_split])
     return run_task(build_task(config, accelerator, vqgan, samples), dry_run)
 
 
@@ -84,7 +86,8 @@ class DenoisingTask(GeneratorTask):
             return denoising_loss(state.network, self.scheduler, latents, noise, levels, labels)
 
     def draw_samples(self, config: LatentDiffusionConfig) -> Image.Image:
-        return draw_samples(self.state.pipeline, config)
+        steps = config.sample_inference_steps
+        return draw_grid(self.state.pipeline, config, "batch_size", num_inference_steps=steps)
 
     def encoded_gigabytes(self) -> float:
         denoiser = self.state.pipeline.denoiser.config
@@ -113,21 +116,12 @@ def build_task(
     config = dataclasses.replace(config, max_train_steps=count_steps(config, samples, accelerator))
     channels, side = latent_shape(config, samples, vqgan)
     denoiser = build_denoiser(config, channels, side, len(samples.classes))
-    averaged = copy.deepcopy(denoiser).eval().requires_grad_(False).to(accelerator.device)
     scheduler, sampling_scheduler = build_schedulers(config)
-    pipeline = VQGANLatentDiffusionPipeline(vqgan, averaged, sampling_scheduler, samples.classes or None)
-    ema = EMAModel(denoiser.parameters(), decay=config.ema_decay, use_ema_warmup=True, power=0.75)
-    ema.to(accelerator.device)
-    optimizer = build_optimizer(config, (denoiser,), config.learning_rate)
-    schedule = get_scheduler(
-        config.lr_scheduler,
-        optimizer,
-        num_warmup_steps=config.lr_warmup_steps,
-        num_training_steps=config.max_train_steps,
-    )
-    network = accelerator.prepare_model(denoiser.train())
-    state = GeneratorState(config, accelerator, network, optimizer, schedule, ema, pipeline)
-    return DenoisingTask(state, samples, scheduler)
+
+    def pipeline_of(averaged: nn.Module) -> VQGANLatentDiffusionPipeline:
+        return VQGANLatentDiffusionPipeline(vqgan, averaged, sampling_scheduler, samples.classes or None)
+
+    return DenoisingTask(build_state(config, accelerator, denoiser, pipeline_of), samples, scheduler)
 
 
 def latent_shape(config: LatentDiffusionConfig, samples: LatentSamples, vqgan: VQGANModel) -> tuple[int, int]:
@@ -137,8 +131,7 @@ def latent_shape(config: LatentDiffusionConfig, samples: LatentSamples, vqgan: V
     Raises:
         ValueError: if they are not those of the model, or not square.
     """
-    first = {name: value for name, value in samples[0].items() if name != "skipped"}
-    latents = raw_latents(vqgan, send_to_device(default_collate([first]), vqgan.device))
+    latents = raw_latents(vqgan, first_batch(samples, vqgan.device))
     channels, height, width = latents.shape[1:]
     if channels != vqgan.config.vq_embed_dim or height != width:
         raise ValueError(
@@ -146,20 +139,3 @@ def latent_shape(config: LatentDiffusionConfig, samples: LatentSamples, vqgan: V
             f"{vqgan.config.vq_embed_dim} channels, and the latents must be square. Encode the dataset with this model."
         )
     return channels, height
-
-
-def draw_samples(pipeline: VQGANLatentDiffusionPipeline, config: LatentDiffusionConfig) -> Image.Image:
-    """A grid of samples from the same noise every time; with classes, one row per class (as many as there is room)."""
-    classes = len(pipeline.config.id2label or {})
-    per_row = max(1, config.sample_images // classes) if classes else math.ceil(config.sample_images**0.5)
-    count = per_row * min(classes, config.sample_images) if classes else config.sample_images
-    pipeline.set_progress_bar_config(disable=True)
-    images = pipeline(
-        batch_size=1 if classes else count,
-        class_labels=[number // per_row for number in range(count)] if classes else None,
-        guidance_scale=config.sample_guidance_scale if classes else 1.0,
-        num_inference_steps=config.sample_inference_steps,
-        generator=torch.Generator().manual_seed(config.seed),
-        output_type="pt",
-    ).images
-    return tvF.to_pil_image(make_grid(images.float().cpu(), nrow=per_row, pad_value=1.0))

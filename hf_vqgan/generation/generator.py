@@ -1,28 +1,35 @@
 """Training a generative model on top of a frozen tokenizer: what diffusion and token models have in common."""
 
 import contextlib
+import copy
 import dataclasses
 import math
 from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+import datasets
 import torch
 from accelerate import Accelerator
+from accelerate.utils import send_to_device
 from diffusers import DiffusionPipeline
+from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from PIL import Image
 from torch import Tensor, nn
+from torchvision.transforms.v2 import functional as tvF
+from torchvision.utils import make_grid
 
-from ..data.datasets import ImageTransform
+from ..data.datasets import ImageTransform, collate_samples
 from ..data.images import DatasetSource, check_splits
 from ..files.options import option
 from ..files.sources import check_source
 from ..modeling_vqgan import VQGANModel
 from ..training.checkpoint import LossScale, NamedAverages, NamedOptimizer, Part
 from ..training.configuration import LR_SCHEDULERS, DatasetOptions, HubOptions, OptimizationOptions, RunOptions
-from ..training.optimization import clip_gradient, step_optimizers
+from ..training.optimization import build_optimizer, clip_gradient, step_optimizers
 from ..training.plan import format_plan
 from ..training.run_folder import RunFolder
 from ..training.setup import Batches, step_batches
@@ -35,7 +42,7 @@ from .samples import EncodedSamples, LatentSamples, encode_samples
 class GeneratorOptions(HubOptions, RunOptions, OptimizationOptions, DatasetOptions):
     """The tokenizer below, classes, averages and samples."""
 
-    vqgan: str = option("", "VQGANModel whose latents are modelled: Hub name or folder.", nonempty=True)
+    vqgan: str = option("", "VQGANModel whose latents or tokens are modelled: Hub name or folder.", nonempty=True)
     dataset_name: str = option(
         "",
         "Images, or what `hf-vqgan encode` made of them: Hub name, local path or package.",
@@ -51,7 +58,7 @@ class GeneratorOptions(HubOptions, RunOptions, OptimizationOptions, DatasetOptio
     dataloader_num_workers: int = option(0, "Processes that load data, per training process.", at_least=0, role="place")
     latent_cache_gb: float = option(
         2.0,
-        "Encode once, before training, if there is no random crop or flip and latents take at most so many GB.",
+        "Encode once, before training, if there is no random crop or flip and the result takes at most so many GB.",
         at_least=0,
         role="watching",
     )
@@ -138,6 +145,10 @@ class GeneratorTask(Task):
     @abstractmethod
     def encoded_gigabytes(self) -> float:
         """What all samples take in memory once they are encoded."""
+
+    def measure(self) -> dict[str, Any]:
+        """More of the final metrics. All processes call it together."""
+        return {}
 
     # --------------------------------------------------------------------------------------------------- before
 
@@ -256,6 +267,7 @@ class GeneratorTask(Task):
                 "steps": state.step,
                 "seconds": round(state.seconds, 1),
                 "samples_per_second": state.step * state.global_batch / state.seconds,
+                **(self.measure() if last else {}),
             })  # fmt: skip
         return None
 
@@ -270,21 +282,60 @@ def load_tokenizer(source: str, device: torch.device) -> VQGANModel:
     return VQGANModel.from_pretrained(source).eval().requires_grad_(False).to(device)
 
 
-def load_samples(config: GeneratorOptions, vqgan: VQGANModel, accelerator: Accelerator) -> LatentSamples:
+def build_state(
+    config: GeneratorOptions,
+    accelerator: Accelerator,
+    network: nn.Module,
+    pipeline_of: Callable[[nn.Module], DiffusionPipeline],
+) -> GeneratorState:
     """
-    The training rows that the configuration names.
+    A network's run before its first step, prepared by Accelerate: averages, optimizer and schedule.
+
+    Args:
+        config (`GeneratorOptions`): Knows its `max_train_steps`.
+        pipeline_of (function): Makes a pipeline of a copy of the network, which gets the averaged weights.
+    """
+    averaged = copy.deepcopy(network).eval().requires_grad_(False).to(accelerator.device)
+    ema = EMAModel(network.parameters(), decay=config.ema_decay, use_ema_warmup=True, power=0.75)
+    ema.to(accelerator.device)
+    optimizer = build_optimizer(config, (network,), config.learning_rate)
+    schedule = get_scheduler(
+        config.lr_scheduler,
+        optimizer,
+        num_warmup_steps=config.lr_warmup_steps,
+        num_training_steps=config.max_train_steps,
+    )
+    prepared = accelerator.prepare_model(network.train())
+    return GeneratorState(config, accelerator, prepared, optimizer, schedule, ema, pipeline_of(averaged))
+
+
+def load_rows(config: GeneratorOptions, accelerator: Accelerator) -> datasets.DatasetDict:
+    """
+    All splits of the dataset that the configuration names, the training split cut to `max_train_samples`.
 
     Raises:
-        ValueError: if the dataset has no such split.
+        ValueError: if it has no such training split.
     """
     with accelerator.main_process_first():  # one process fills the dataset cache, the others read it
         splits = DatasetSource.of(config.dataset_name, config).load_splits()
     check_splits(splits, config.dataset_name, config.train_split)
     rows = splits[config.train_split]
-    rows = rows.select(range(min(len(rows), config.max_train_samples or len(rows))))
+    splits[config.train_split] = rows.select(range(min(len(rows), config.max_train_samples or len(rows))))
+    return splits
+
+
+def make_samples(config: GeneratorOptions, vqgan: VQGANModel, rows: datasets.Dataset, **options) -> LatentSamples:
+    """Rows as the configuration says to read and crop them; `options` are more of [`LatentSamples`]."""
     resolution = config.resolution or vqgan.config.sample_size
     transform = ImageTransform(resolution, config.resize, config.center_crop, config.random_flip)
-    return LatentSamples(rows, transform, config.dataset_name, config.image_column, config.class_column, config.seed)
+    return LatentSamples(
+        rows, transform, config.dataset_name, config.image_column, config.class_column, config.seed, **options
+    )
+
+
+def first_batch(samples: LatentSamples, device: torch.device) -> dict[str, Any]:
+    """The first sample as a batch, by which to see what form the samples have."""
+    return send_to_device(collate_samples([samples[0]]), device)
 
 
 def count_steps(config: GeneratorOptions, samples: LatentSamples, accelerator: Accelerator) -> int:
@@ -293,3 +344,27 @@ def count_steps(config: GeneratorOptions, samples: LatentSamples, accelerator: A
         return config.max_train_steps
     batch = config.train_batch_size * config.gradient_accumulation_steps * accelerator.num_processes
     return max(1, config.num_train_epochs * len(samples) // batch)
+
+
+def draw_grid(
+    pipeline: DiffusionPipeline, config: GeneratorOptions, batch_argument: str, **options: Any
+) -> Image.Image:
+    """
+    A grid of samples, the same randomness every time; with classes, one row per class (as many as there is room).
+
+    Args:
+        batch_argument (`str`): What the pipeline calls the number of images per class.
+        options: More arguments for the pipeline.
+    """
+    classes = len(pipeline.config.id2label or {})
+    per_row = max(1, config.sample_images // classes) if classes else math.ceil(config.sample_images**0.5)
+    pipeline.set_progress_bar_config(disable=True)
+    images = pipeline(
+        class_labels=list(range(min(classes, config.sample_images))) if classes else None,
+        guidance_scale=config.sample_guidance_scale if classes else 1.0,
+        generator=torch.Generator().manual_seed(config.seed),
+        output_type="pt",
+        **{batch_argument: per_row if classes else config.sample_images},
+        **options,
+    ).images
+    return tvF.to_pil_image(make_grid(images.float().cpu(), nrow=per_row, pad_value=1.0))

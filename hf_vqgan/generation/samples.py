@@ -1,4 +1,4 @@
-"""Rows of a dataset, of images or of what `hf-vqgan encode` made of them, as the latents a diffusion model learns."""
+"""Rows of a dataset, of images or of what `hf-vqgan encode` made of them, as latents or indices to learn."""
 
 import logging
 import math
@@ -37,6 +37,7 @@ class LatentSamples(Dataset):
         dataset_name (`str`): For error messages.
         image_column (`str`, *optional*): Column with the images. Default: the only one.
         class_column (`str`, *optional*): Column with class numbers; `classes` then names them.
+        preferred (`tuple[str, ...]`): Encoded columns to take instead of images, the first that is there.
 
     Raises:
         ValueError: if there are neither images nor latents, or no such class column.
@@ -50,9 +51,10 @@ class LatentSamples(Dataset):
         image_column: str | None = None,
         class_column: str | None = None,
         seed: int = 0,
+        preferred: tuple[str, ...] = ("latents", "indices"),
     ):
         self.seed = seed
-        self.kind = next((name for name in ("latents", "indices") if name in rows.column_names), "pixel_values")
+        self.kind = next((name for name in preferred if name in rows.column_names), "pixel_values")
         self.classes: dict[int, str] = {}
         self.labels: list[int] | None = None
         if class_column is not None:
@@ -132,6 +134,7 @@ def encode_samples(
         batch_size=batch_size,
         num_workers=num_workers,
         collate_fn=collate_samples,
+        generator=torch.Generator(),  # as in `load_batches`
     )
     encoded, labels = [], []
     reasons: dict[str, str] = {}
@@ -158,3 +161,32 @@ def raw_latents(vqgan: VQGANModel, batch: dict[str, Tensor]) -> Tensor:
     else:
         latents = batch["latents"]
     return latents.float()
+
+
+@torch.no_grad()
+def raw_indices(vqgan: VQGANModel, batch: dict[str, Tensor]) -> Tensor:
+    """
+    The batch's indices `(B, h, w)` or `(B, h, w, n)`, int64, whichever of the three forms of `LatentSamples` it has.
+
+    Raises:
+        ValueError: for latents or indices that the VQ-GAN does not have.
+    """
+    if "pixel_values" in batch:
+        return vqgan.encode_indices(batch["pixel_values"])
+    if "latents" in batch:
+        latents = batch["latents"].float()
+        if latents.shape[1] != vqgan.config.vq_embed_dim:
+            raise ValueError(
+                f"latents of shape {tuple(latents.shape)}: this VQ-GAN has {vqgan.config.vq_embed_dim} channels. "
+                "Encode the dataset with it."
+            )
+        return vqgan.quantize(latents).indices
+    indices = batch["indices"].long()
+    codes, several = vqgan.quantize.num_codes, vqgan.quantize.num_codebooks
+    expected = "(B, h, w)" if several == 1 else f"(B, h, w, {several})"
+    if indices.shape[3:] != (() if several == 1 else (several,)) or indices.min() < 0 or indices.max() >= codes:
+        raise ValueError(
+            f"indices of shape {tuple(indices.shape)} in [{indices.min()}, {indices.max()}]: this VQ-GAN has indices "
+            f"{expected} in [0, {codes - 1}]. Encode the dataset with it."
+        )
+    return indices

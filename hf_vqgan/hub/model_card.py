@@ -7,7 +7,9 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..configuration_vqgan import VQGANConfig
 from ..measurement.protocol import Protocol
+from ..modeling_token_model import AutoregressiveTokenModel
 from ..pipelines import VQGANLatentDiffusionPipeline
+from ..token_pipeline import VQGANTokenPipeline
 
 TEMPLATE = """---
 {{ card_data }}
@@ -263,18 +265,10 @@ def make_pipeline_card(
     """
     dataset_name, vqgan = settings["dataset_name"], settings["vqgan"]
     classes = list((pipeline.config.id2label or {}).values())
-    data = ModelCardData(
-        license=license,
-        library_name="diffusers",
-        pipeline_tag=None if classes else "unconditional-image-generation",
-        tags=["vqgan", "latent-diffusion", "hf_vqgan"],
-        datasets=[dataset_name] if _on_hub(dataset_name) else None,
-        base_model=vqgan if _on_hub(vqgan) else None,
-        model_name=repo_id.split("/")[-1],
-    )
+    tags = ["vqgan", "latent-diffusion", "hf_vqgan"]
     denoiser = pipeline.denoiser
     return ModelCard.from_template(
-        data,
+        _pipeline_card_data(repo_id, settings, bool(classes), tags, license),
         template_str=PIPELINE_TEMPLATE,
         name=repo_id.split("/")[-1],
         repo_id=repo_id,
@@ -290,6 +284,111 @@ def make_pipeline_card(
         dataset=_link(dataset_name, "datasets/"),
         metrics=metrics,
         settings=settings,
+    )
+
+
+TOKEN_PIPELINE_TEMPLATE = """---
+{{ card_data }}
+---
+
+# {{ name }}
+
+{{ "Class-conditional" if classes else "Unconditional" }} images of {{ side }}x{{ side }} pixels from {{ tokens }}
+tokens of a VQ-GAN: {{ "an autoregressive" if autoregressive else "a masked" }} model of {{ millions }} M parameters.
+Trained with hf_vqgan.
+{% if has_samples %}
+![samples](samples.png)
+{% if classes %}
+One row per class, in the order below{% if guidance != 1 %}; guidance {{ guidance }}{% endif %}.
+{% endif %}{% endif %}
+## Loading
+
+Needs hf_vqgan, which registers the pipeline with diffusers.
+
+```python
+import hf_vqgan
+from diffusers import DiffusionPipeline
+
+pipeline = DiffusionPipeline.from_pretrained("{{ repo_id }}")
+images = pipeline({{ call }}).images
+```
+{% if classes %}
+Classes: {{ classes | join(", ") }}.
+{% endif %}{% if autoregressive %}
+`pipeline.token_model.bits(indices, class_labels)` is an image's exact code length in bits.
+{% endif %}
+## Training
+
+VQ-GAN: {{ vqgan }}. Data: {{ dataset }}. {{ "{:,}".format(metrics.steps) }} steps of {{ settings.train_batch_size }} x
+{{ settings.gradient_accumulation_steps }} samples per process, last loss {{ "%.4f" | format(metrics.loss) }}.{{ bits }}
+Settings: [training_config.yaml](training_config.yaml).
+
+```bash
+hf-vqgan train-tokens --config training_config.yaml
+```
+"""
+
+
+def make_token_pipeline_card(
+    repo_id: str,
+    settings: dict,
+    pipeline: VQGANTokenPipeline,
+    metrics: dict,
+    has_samples: bool,
+    license: str | None,
+) -> ModelCard:
+    """The card of a trained pipeline of tokens; arguments as for `make_pipeline_card`."""
+    classes = list((pipeline.config.id2label or {}).values())
+    model, side = pipeline.token_model, pipeline.token_model.config.sample_size
+    autoregressive = isinstance(model, AutoregressiveTokenModel)
+    guidance = settings["sample_guidance_scale"]
+    arguments: dict = {"class_labels": classes[:2], "guidance_scale": guidance} if classes else {"num_images": 4}
+    arguments |= {name: settings[f"sample_{name}"] for name in ("temperature", "top_k", "top_p")}
+    if not autoregressive:
+        arguments["num_inference_steps"] = settings["sample_inference_steps"]
+    return ModelCard.from_template(
+        _pipeline_card_data(repo_id, settings, bool(classes), ["vqgan", "image-tokens", "hf_vqgan"], license),
+        template_str=TOKEN_PIPELINE_TEMPLATE,
+        name=repo_id.split("/")[-1],
+        repo_id=repo_id,
+        classes=classes,
+        side=side * pipeline.vqvae.config.downsample_factor,
+        tokens=" x ".join(map(str, model.config.grid_shape)),
+        autoregressive=autoregressive,
+        millions=round(sum(parameter.numel() for parameter in model.parameters()) / 1e6, 2),
+        has_samples=has_samples,
+        guidance=guidance,
+        call=", ".join(f"{name}={value!r}" for name, value in arguments.items()),
+        vqgan=_link(settings["vqgan"]),
+        dataset=_link(settings["dataset_name"], "datasets/"),
+        metrics=metrics,
+        settings=settings,
+        bits=_describe_bits(metrics, bool(classes)),
+    )
+
+
+def _describe_bits(metrics: dict, has_classes: bool) -> str:
+    """A sentence about the likelihood, if it was measured."""
+    for name, at_most in (("bits_per_image", ""), ("bits_per_image_upper_bound", "at most ")):
+        if name in metrics:
+            images = f"{metrics['likelihood_images']:,} images of split `{metrics['likelihood_split']}`"
+            given = ", given their class" if has_classes else ""
+            return f" Tokens of {images} take {at_most}{metrics[name]:.1f} bits per image{given}."
+    return ""
+
+
+def _pipeline_card_data(
+    repo_id: str, settings: dict, has_classes: bool, tags: list[str], license: str | None
+) -> ModelCardData:
+    dataset_name, vqgan = settings["dataset_name"], settings["vqgan"]
+    return ModelCardData(
+        license=license,
+        library_name="diffusers",
+        pipeline_tag=None if has_classes else "unconditional-image-generation",
+        tags=tags,
+        datasets=[dataset_name] if _on_hub(dataset_name) else None,
+        base_model=vqgan if _on_hub(vqgan) else None,
+        model_name=repo_id.split("/")[-1],
     )
 
 

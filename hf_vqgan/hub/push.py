@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import yaml
+from diffusers import DiffusionPipeline
 from huggingface_hub import HfApi, ModelCard
 from transformers.utils import logging
 
@@ -17,8 +18,15 @@ from ..files.documents import read_mapping, read_settings
 from ..files.sources import HTTPError
 from ..image_processing_vqgan import VQGANImageProcessor
 from ..modeling_vqgan import VQGANModel
-from ..pipelines import VQGANLatentDiffusionPipeline
-from .model_card import add_evaluation, is_local, make_model_card, make_pipeline_card, public_name
+from ..token_pipeline import VQGANTokenPipeline
+from .model_card import (
+    add_evaluation,
+    is_local,
+    make_model_card,
+    make_pipeline_card,
+    make_token_pipeline_card,
+    public_name,
+)
 
 EXTRAS = ("metrics.json", "training_config.yaml", "reconstructions.png", "curves.png", "codebook.png")
 PIPELINE_EXTRAS = ("metrics.json", "training_config.yaml")
@@ -95,8 +103,8 @@ def push_run_to_hub(
 
 def push_pipeline_to_hub(output_dir: str | Path, repo_id: str, **options) -> str:
     """
-    Push what `train_latent_diffusion` left in `output_dir`: the pipeline, its card with the latest samples, metrics and
-    settings, in one commit. Arguments, result and errors are those of `push_run_to_hub`.
+    Push what the training of a latent diffusion or token model left in `output_dir`: the pipeline, its card with the
+    latest samples, metrics and settings, in one commit. Arguments, result and errors are those of `push_run_to_hub`.
 
     Raises:
         ValueError: for a variant in shards, which diffusers does not find in a pipeline.
@@ -108,7 +116,7 @@ def push_pipeline_to_hub(output_dir: str | Path, repo_id: str, **options) -> str
             "in shards. Leave one of them out."
         )
     _check_finished(Path(output_dir), "model_index.json", *PIPELINE_EXTRAS)
-    return push_run_to_hub(output_dir, repo_id, **{"commit_message": "Upload latent diffusion pipeline"} | options)
+    return push_run_to_hub(output_dir, repo_id, **{"commit_message": "Upload pipeline"} | options)
 
 
 def push_checkpoint(push: Callable[..., str], *args, last: bool, **options) -> None:
@@ -148,16 +156,19 @@ def _stage_model(folder: Path, staging: Path, dtype: torch.dtype, saving: dict) 
 
 def _stage_pipeline(folder: Path, staging: Path, dtype: torch.dtype, saving: dict) -> tuple[CardMaker, list[str]]:
     """As `_stage_model`, for a pipeline."""
-    pipeline = VQGANLatentDiffusionPipeline.from_pretrained(folder).to(dtype)
+    pipeline = DiffusionPipeline.from_pretrained(folder).to(dtype)
     pipeline.save_pretrained(staging, **saving)
-    shutil.copy(folder / "vqvae" / "config.json", staging / "vqvae")  # names the default dtype, as above
+    of_tokens = isinstance(pipeline, VQGANTokenPipeline)
+    for part in ("vqvae", "token_model") if of_tokens else ("vqvae",):
+        shutil.copy(folder / part / "config.json", staging / part)  # names the default dtype, as above
     for name in PIPELINE_EXTRAS:
         shutil.copy(folder / name, staging)
     samples = sorted(folder.glob("samples-*.png"), key=lambda file: int(file.stem.split("-")[1]))
     if samples:
         shutil.copy(samples[-1], staging / "samples.png")
-    make_card = partial(make_pipeline_card, pipeline=pipeline, has_samples=bool(samples))
-    return make_card, ["vqvae/*model", "denoiser/diffusion_pytorch_model"]
+    make_card = make_token_pipeline_card if of_tokens else make_pipeline_card
+    other_weights = "token_model/model" if of_tokens else "denoiser/diffusion_pytorch_model"
+    return partial(make_card, pipeline=pipeline, has_samples=bool(samples)), ["vqvae/*model", other_weights]
 
 
 def _check_finished(folder: Path, *names: str) -> None:

@@ -57,9 +57,9 @@ WRITTEN = (
     *(f"{hidden}{name}.png" for hidden in ("", ".")
       for name in ("reconstructions", "curves", "gradients", "codebook", "samples-*")),
     "config.json", "model.safetensors", "model-*.safetensors", "model.safetensors.index.json",
-    "preprocessor_config.json", "model_index.json", "vqvae", "denoiser", "scheduler",
+    "preprocessor_config.json", "model_index.json", "vqvae", "denoiser", "scheduler", "token_model",
     *(file.name for file in Path(inspect.getfile(VQGANModel)).parent.glob("*.py")),  # code that travels with a model
-    "vqgan", "vqgan_latent_diffusion", "wandb",
+    "vqgan", "vqgan_latent_diffusion", "vqgan_tokens", "wandb",
 )  # fmt: skip
 
 
