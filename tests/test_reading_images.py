@@ -4,6 +4,7 @@ import dataclasses
 import fcntl
 import io
 import json
+import multiprocessing
 import os
 import pickle
 import runpy
@@ -279,6 +280,7 @@ def test_training_ends_with_one_line(image_folder, random_trunk, tmp_path, monke
     error = run_script(monkeypatch, "train_vqgan.py", "--config", "none", *flags, *model, "--streaming", streaming)
     assert error.startswith("train_vqgan.py: error: ") and "\n" not in error
     assert "training images" in error and ".png (" in error
+    assert multiprocessing.active_children() == []
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -673,7 +673,8 @@ def test_every_field_of_the_configuration_is_read():
     """A flag that nothing reads is a lie."""
     package = Path(hf_vqgan.__file__).parent
     sources = [file.read_text() for file in package.rglob("*.py") if file.name != "configuration.py"]
-    names = {field.name for field in dataclasses.fields(VQGANTrainingConfig)}
+    taken_whole = {field.name for field in dataclasses.fields(TrainingOptions)}  # by TrainingOptions.of(..., config)
+    names = {field.name for field in dataclasses.fields(VQGANTrainingConfig)} - taken_whole
     assert {name for name in names if not any(f"config.{name}" in source for source in sources)} == set()
 
 

@@ -393,8 +393,12 @@ def _as_is(batch):
 def _raising(batches: Iterator) -> Iterator[dict[str, Any]]:
     for batch in batches:
         if isinstance(batch, UnreadableImage):
-            raise batch
+            break
         yield batch
+    else:
+        return
+    del batches  # which ends the workers; the error's traceback would keep them
+    raise batch
 
 
 def notices() -> list[signal.Signals]:
