@@ -15,6 +15,7 @@ MISTYPED = {
     "evaluate_vqgan.py": ["./typo", "photos"],
     "encode_dataset.py": ["./typo", "photos", "out"],
     "train_latent_diffusion.py": ["--vqgan", "./typo", "--dataset_name", "photos"],
+    "evaluate_generation.py": ["./typo", "--dataset_name", "./typo"],
     "analyze_latent_space.py": ["./typo", "photos"],
     "convert_checkpoint.py": ["./typo", "out"],
     "app.py": ["./typo"],
