@@ -38,10 +38,10 @@ def read_image_archive(path: str | Path) -> ImageArchive:
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such file; expected an archive of images or statistics (.npz).")
     try:
-        archive = np.load(path, allow_pickle=False)
-        if not isinstance(archive, np.lib.npyio.NpzFile):
-            raise ValueError("it is a single array")
-        with archive:
+        with open(path, "rb") as file:
+            archive = np.load(file, allow_pickle=False)
+            if not isinstance(archive, np.lib.npyio.NpzFile):
+                raise ValueError("it is a single array")
             wanted = {IMAGES, *(name for pair in MOMENTS for name in pair)}
             found = {name: archive[name] for name in archive.files if name in wanted}
     except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
