@@ -37,6 +37,8 @@ SMALL = {
     "evaluate": "--max_samples 2 --resolution 32 --alex_weights_path LPIPS/alex.safetensors \
         --vgg_weights_path LPIPS/vgg.safetensors --inception false --cpu_threads 1",
     "encode": "--cpu_threads 1",
+    "evaluate-generation": "--num_samples 6 --num_inference_steps 2 --resolution 32 --features lpips_alex \
+        --alex_weights_path LPIPS/alex.safetensors --cpu_threads 1",
     "train-diffusion": "--block_out_channels 8 16 --layers_per_block 1 --norm_num_groups 4 \
         --train_batch_size 4 --attention_head_dim 8 --max_train_steps 2 --sample_images 3 --sample_inference_steps 2 \
         --cpu_threads 1",

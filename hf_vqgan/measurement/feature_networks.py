@@ -16,10 +16,9 @@ from transformers.image_processing_base import ImageProcessingMixin
 from ..files.sources import check_source
 from ..losses.image_losses import LPIPS
 from ..losses.lpips_weights import NETWORKS
-from .frechet import CLASSES, FEATURES, SPATIAL_CHANNELS, InceptionFeatures, to_bytes
+from .frechet import CLASSES, FEATURES, InceptionFeatures, to_bytes
 
 LPIPS_NETWORKS = {f"lpips_{net}": net for net in NETWORKS}
-SPATIAL_FEATURES = SPATIAL_CHANNELS * 17 * 17
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -73,11 +72,12 @@ class FeatureNetwork(nn.Module):
 class InceptionNetwork(FeatureNetwork):
     """Inception-v3 as FID is defined on it; see [`InceptionFeatures`] for weights and errors."""
 
-    spatial_dim, logits_dim = SPATIAL_FEATURES, CLASSES
+    logits_dim = CLASSES
 
     def __init__(self, weights_path: str | None = None):
         super().__init__("inception", FEATURES, network="torch-fidelity")
         self.network = InceptionFeatures(weights_path)
+        self.spatial_dim = self.extract(torch.zeros(1, 3, 32, 32)).spatial.shape[1]
 
     def extract(self, pixels: Tensor) -> ImageFeatures:
         pooled, logits, spatial = self.network.with_spatial(pixels)
