@@ -130,7 +130,7 @@ def test_a_sweep_its_table_and_its_pictures(latent_pipeline, attempt, tmp_path):
     with Image.open(tmp_path / "out" / "samples.png") as picture:
         assert picture.width == 2 * (3 * 18 + 2) * 2 + 8  # two grids of 3 x 3 samples of 16 pixels, enlarged twice
     with Image.open(tmp_path / "out" / "neighbours.png") as picture:
-        assert picture.width == 8 * (160 + 4) - 4
+        assert picture.width == 2 * (4 * (160 + 4) - 4) + 24
     assert (tmp_path / "out" / "guidance.png").is_file()
 
 

@@ -487,20 +487,20 @@ def describe_protocol(
 
 def show_closest(
     place: Workplace, dataset: DatasetRows | None, sets: dict[str, SetFeatures], train: SetFeatures | None
-) -> dict[str, Tensor]:
+) -> dict[str, dict[str, Tensor]]:
     """
-    Columns of neighbours.png, uint8 `(neighbours, 3, side, side)`: of every set the samples that are closest to a real
-    image, and the real images that are closest to each.
+    Columns of neighbours.png by set, uint8 `(neighbours, 3, side, side)`: the samples that are closest to a real image,
+    and the real images that are closest to each.
     """
-    columns: dict[str, Tensor] = {}
+    found: dict[str, dict[str, Tensor]] = {}
     if train is None or not place.config.neighbours:
-        return columns
+        return found
     squares = dataset.squares(place.transform)
     count = min(place.config.neighbours, *(len(made.pictures) for made in sets.values()))
     for title, made in sets.items():
         samples, rows = find_closest(made, train, count)
-        columns[title] = made.pictures[samples]
+        found[title] = {title: made.pictures[samples]}
         for rank, of_rank in enumerate(zip(*rows, strict=True), start=1):
-            name = f"{title}: real, nearest" if rank == 1 else f"{title}: real, no. {rank}"
-            columns[name] = torch.stack([squares[row]["pixels"] for row in of_rank])
-    return columns
+            name = "nearest real" if rank == 1 else f"no. {rank}"
+            found[title][name] = torch.stack([squares[row]["pixels"] for row in of_rank])
+    return found

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..files.documents import write_text
 from ..measurement.feature_networks import FeatureNetwork
-from ..measurement.generation_pictures import draw_grids, draw_sweep
+from ..measurement.generation_pictures import draw_grids, draw_side_by_side, draw_sweep
 from ..measurement.pictures import draw_comparison
 
 SCORE_PARTS = 10  # of the Inception score
@@ -29,8 +29,8 @@ FIGURES = {
     "inception_score_std": ("inception_score_std", "± of Inception score", "", 2),
     "precision": ("precision", "precision", "precision", 3),
     "recall": ("recall", "recall", "recall", 3),
-    "nearest_distance": ("nearest_distance", "to nearest real", "to nearest real", 3),
-    "memorization_ratio": ("memorization_ratio", "of held-out's", "of held-out's", 3),
+    "nearest_distance": ("nearest_distance", "nearest real image", "nearest real image", 3),
+    "memorization_ratio": ("memorization_ratio", "the same / held-out's", "the same / held-out's", 3),
 }
 SHORT = {"frechet_distance": "fd", "kernel_distance": "kd", "kernel_distance_std": "kd"}
 
@@ -159,14 +159,14 @@ def file_name(title: str) -> str:
 
 
 def write_generation(
-    result: GenerationResult, samples: dict[str, Tensor], closest: dict[str, Tensor], folder: Path
+    result: GenerationResult, samples: dict[str, Tensor], closest: dict[str, dict[str, Tensor]], folder: Path
 ) -> None:
     """
     generation.json, generation.md and the pictures, each whole or not at all.
 
     Args:
         samples (`dict[str, Tensor]`): By title, uint8 `(N, 3, side, side)`.
-        closest (`dict[str, Tensor]`): Columns of neighbours.png; none, no picture.
+        closest (`dict`): By title, columns of neighbours.png; none, no picture.
     """
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "generation.json", json.dumps(result.as_dict(), indent=2, allow_nan=False) + "\n")
@@ -174,7 +174,9 @@ def write_generation(
     if any(len(images) for images in samples.values()):
         _write_picture(folder / "samples.png", draw_grids(samples))
     if closest:
-        _write_picture(folder / "neighbours.png", draw_comparison(closest))
+        _write_picture(
+            folder / "neighbours.png", draw_side_by_side([draw_comparison(columns) for columns in closest.values()])
+        )
     if curves := sweeps(result):
         _write_picture(folder / "guidance.png", draw_sweep(curves, held_out_figures(result)))
 

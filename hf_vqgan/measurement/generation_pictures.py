@@ -2,7 +2,7 @@
 
 import io
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -31,6 +31,20 @@ def draw_grids(sets: Mapping[str, Tensor]) -> Image.Image:
         white = torch.full((rows * columns - len(images), *images.shape[1:]), 255, dtype=torch.uint8)
         grids[title] = make_grid(torch.cat([images, white]), nrow=columns, padding=GAP, pad_value=255)[None]
     return draw_comparison(grids, gap=8)
+
+
+def draw_side_by_side(pictures: Sequence[Image.Image], gap: int = 24) -> Image.Image:
+    """Pictures from left to right on white."""
+    sheet = Image.new(
+        "RGB",
+        (sum(picture.width + gap for picture in pictures) - gap, max(picture.height for picture in pictures)),
+        "white",
+    )
+    left = 0
+    for picture in pictures:
+        sheet.paste(picture, (left, 0))
+        left += picture.width + gap
+    return sheet
 
 
 def draw_sweep(
