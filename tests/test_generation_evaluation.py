@@ -8,11 +8,12 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from conftest import photo
+from conftest import photo, smooth_pixels
 from PIL import Image
 from test_evaluation import random_inception  # noqa: F401 (a fixture)
 from test_pipelines import UNET, tiny_dit, tiny_unet
 from torch_fidelity import feature_extractor_inceptionv3
+from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_kid import kid_features_to_metric
@@ -23,6 +24,7 @@ from hf_vqgan.commands.evaluate_generation import make_parser
 from hf_vqgan.evaluation.generation import GenerationConfig, evaluate_generation
 from hf_vqgan.evaluation.generation_report import titles
 from hf_vqgan.evaluation.sample_sources import share_out, to_uint8
+from hf_vqgan.measurement.frechet import InceptionFeatures, to_bytes
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning"),
@@ -117,6 +119,23 @@ def test_figures_are_torch_fidelitys(latent_pipeline, photos, random_inception, 
     assert "gFID" in (tmp_path / "out" / "generation.md").read_text()
 
 
+def test_spatial_features_are_those_of_sfid(random_inception):  # noqa: F811
+    """Seven channels of the first 1x1 convolution in the third of the four 17x17 blocks, channels last as TensorFlow's."""
+    network = InceptionFeatures(str(random_inception))
+    pixels = smooth_pixels(0, 32)[None]
+    pooled, _, spatial = network.with_spatial(pixels)
+    layers = network.network
+    hidden = interpolate_bilinear_2d_like_tensorflow1x(to_bytes(pixels).float(), size=(299, 299), align_corners=False)
+    hidden = (hidden - 128) / 128
+    for name in ("Conv2d_1a_3x3", "Conv2d_2a_3x3", "Conv2d_2b_3x3", "MaxPool_1", "Conv2d_3b_1x1", "Conv2d_4a_3x3",
+                 "MaxPool_2", "Mixed_5b", "Mixed_5c", "Mixed_5d", "Mixed_6a", "Mixed_6b", "Mixed_6c"):  # fmt: skip
+        hidden = getattr(layers, name)(hidden)
+    expected = layers.Mixed_6d.branch1x1(hidden)[0, :7]
+    assert spatial.shape == (1, 2023) and expected.shape == (7, 17, 17) and expected.std() > 0
+    torch.testing.assert_close(spatial.view(17, 17, 7), expected.permute(1, 2, 0))
+    torch.testing.assert_close(pooled, network(pixels)[0])
+
+
 def test_a_sweep_its_table_and_its_pictures(latent_pipeline, attempt, tmp_path):
     found = attempt(latent_pipeline, guidance_scale=[1, 2.5], class_column="label", pictures=9, neighbours=3)
     rows = found["pipelines"]
@@ -196,7 +215,7 @@ def test_references_in_archives(photos, latent_pipeline, attempt, tmp_path):
     found = attempt(latent_pipeline, dataset_name=None, reference=str(tmp_path / "images.npz"))
     expected = {name: value for name, value in figures_of(whole).items() if "memor" not in name and "near" not in name}
     assert figures_of(found) == pytest.approx(expected, rel=1e-5)
-    assert not (tmp_path / "out" / "neighbours.png").exists() or found["protocol"]["dataset"] is None
+    assert not (tmp_path / "out" / "neighbours.png").exists()  # the one of the run before is gone
 
     np.savez(tmp_path / "moments.npz", mu=np.zeros(16), sigma=np.eye(16))
     found = attempt(latent_pipeline, dataset_name=None, reference=str(tmp_path / "moments.npz"))
@@ -214,8 +233,11 @@ def test_requests_that_cannot_be_met(photos, latent_pipeline, tmp_path, attempt)
             attempt(name, **options)
 
     (tmp_path / "empty").mkdir()
-    refused("neither a pipeline .model_index.json. nor a picture", str(tmp_path / "empty"))
+    refused("neither a pipeline .model_index.json. nor a folder of pictures", str(tmp_path / "empty"))
     refused("no such file or folder", "./typo", FileNotFoundError)
+    photo(0).save(tmp_path / "empty" / "curves.png")
+    (tmp_path / "empty" / "config.json").write_text("{}")
+    refused("neither a pipeline", str(tmp_path / "empty"))  # a tokenizer's run
     refused("no split 'dev'; it has train, test", split="dev")
     refused("class_column='kind' is not a column; columns: image, label", class_column="kind")
     refused("class_balance=dataset needs --class_column", class_balance="dataset")

@@ -387,17 +387,71 @@ def evaluate_generation(names: list[str], config: GenerationConfig) -> Generatio
     Raises:
         ValueError, FileNotFoundError, OSError: for what is not there or does not fit.
     """
+    place, subjects = prepare(names, config)
+    accelerator, device = place.accelerator, measuring_device(place.accelerator)
+    reference = measure_reference(place, subjects.dataset, subjects.archive)
+    held_out = None
+    if subjects.held_out is not None:
+        held_out = place.measure_stored(subjects.held_out.squares(place.transform), "held-out images")
+
+    # Set by set, of which only figures and a few pictures are kept
+    runs = [(source, scale) for source in subjects.sources for scale in _scales(source, config)]
+    labels = titles([(source.name, scale) for source, scale in runs])
+    reports, samples, closest = [], {}, {}
+    for (source, scale), label in zip(runs, labels, strict=True):
+        started = time.perf_counter()
+        made = measure_samples(place, source, scale, label)
+        speed = len(made) / (time.perf_counter() - started) if isinstance(source, PipelineSamples) else None
+        figures = make_figures(made, reference, held_out, device)
+        reports.append(GenerationReport(source.name, source.kind, scale, len(made), figures, speed))
+        samples[label] = made.pictures[: config.pictures]
+        if reference.train is not None and config.neighbours and accelerator.is_main_process:
+            closest[label] = show_closest(place, subjects.dataset, made, reference.train, label)
+
+    of_held_out = None
+    if held_out is not None:
+        figures = make_figures(held_out, reference, None, device)
+        of_held_out = GenerationReport(subjects.held_out.split, "held_out", None, len(held_out), figures)
+    protocol = describe_protocol(place, subjects, reference)
+    result = GenerationResult(reports, labels, of_held_out, protocol, subjects.skipped)
+    if accelerator.is_main_process:
+        write_generation(result, samples, closest, Path(config.output_dir))
+    accelerator.wait_for_everyone()
+    return result
+
+
+@dataclass
+class Subjects:
+    """
+    What is compared, opened and tried.
+
+    Args:
+        sources (`list`): Of generated images.
+        dataset, held_out (`DatasetRows`, *optional*): Real images, and those that models have not seen.
+        archive (`ImageArchive`, *optional*): The reference, if it is not the dataset.
+        skipped (`dict`): What could not be had, with the reason.
+    """
+
+    sources: list[PipelineSamples | StoredSamples]
+    dataset: DatasetRows | None
+    held_out: DatasetRows | None
+    archive: ImageArchive | None
+    skipped: dict[str, str]
+
+
+def prepare(names: list[str], config: GenerationConfig) -> tuple[Workplace, Subjects]:
+    """Open everything and make one image with every pipeline: what cannot work fails here, before the long run."""
     accelerator = Accelerator(mixed_precision=config.mixed_precision)
     share_cpu_threads(config, accelerator)
     archive = read_image_archive(config.reference) if config.reference is not None else None
     with accelerator.main_process_first():  # one process fills the caches, the others read them
-        dataset, held_out_rows = open_splits(config) if config.dataset_name is not None else (None, None)
+        dataset, held_out = open_splits(config) if config.dataset_name is not None else (None, None)
         counts = dataset.class_counts() if dataset is not None else None
         options = SamplingOptions(config.seed, config.num_inference_steps, config.class_balance, counts)
         sources = [load_samples_from(name, options, accelerator) for name in names]
         if config.guidance_scale and not any(source.takes_guidance for source in sources):
             raise ValueError(f"guidance_scale={config.guidance_scale}: none of {', '.join(names)} takes guidance.")
-        sides = [source.side() for source in sources]  # every pipeline makes an image before the long run
+        sides = [source.side() for source in sources]
         resolution = config.resolution or sides[0]
         if config.resolution is None and len(set(sides)) > 1:
             raise ValueError(f"samples of different sizes, {sides}: say at which --resolution to compare them.")
@@ -407,34 +461,7 @@ def evaluate_generation(names: list[str], config: GenerationConfig) -> Generatio
     if "inception" in skipped and accelerator.is_main_process:
         logger.warning("no FID: %s Figures are in the features of %s instead.", skipped["inception"], networks[0].id)
     place = Workplace(accelerator, config, networks, ImageTransform(resolution, config.resize, True, False))
-
-    reference = measure_reference(place, dataset, archive)
-    held_out = None
-    if held_out_rows is not None:
-        held_out = place.measure_stored(held_out_rows.squares(place.transform), "held-out images")
-    device = measuring_device(accelerator)
-    runs = [(source, scale) for source in sources for scale in _scales(source, config)]
-    labels = titles([(source.name, scale) for source, scale in runs])
-    sets, reports = [], []
-    for (source, scale), label in zip(runs, labels, strict=True):
-        started = time.perf_counter()
-        made = measure_samples(place, source, scale, label)
-        speed = len(made) / (time.perf_counter() - started) if isinstance(source, PipelineSamples) else None
-        figures = make_figures(made, reference, held_out, device)
-        reports.append(GenerationReport(source.name, source.kind, scale, len(made), figures, speed))
-        sets.append(made)
-    of_held_out = None
-    if held_out is not None:
-        figures = make_figures(held_out, reference, None, device)
-        of_held_out = GenerationReport(held_out_rows.split, "held_out", None, len(held_out), figures)
-    protocol = describe_protocol(place, dataset, held_out_rows, reference)
-    result = GenerationResult(reports, labels, of_held_out, protocol, skipped)
-    if accelerator.is_main_process:
-        samples = {label: made.pictures[: config.pictures] for label, made in zip(labels, sets, strict=True)}
-        copies = show_closest(place, dataset, dict(zip(labels, sets, strict=True)), reference.train)
-        write_generation(result, samples, copies, Path(config.output_dir))
-    accelerator.wait_for_everyone()
-    return result
+    return place, Subjects(sources, dataset, held_out, archive, skipped)
 
 
 def _scales(source: PipelineSamples | StoredSamples, config: GenerationConfig) -> list[float | None]:
@@ -458,14 +485,12 @@ def measuring_device(accelerator: Accelerator) -> torch.device:
     return accelerator.device if accelerator.device.type == "cuda" else torch.device("cpu")
 
 
-def describe_protocol(
-    place: Workplace, dataset: DatasetRows | None, held_out: DatasetRows | None, reference: Reference
-) -> GenerationProtocol:
+def describe_protocol(place: Workplace, subjects: Subjects, reference: Reference) -> GenerationProtocol:
     config = place.config
     return GenerationProtocol(
         dataset=config.dataset_name,
-        split=dataset.split if dataset is not None else None,
-        held_out_split=held_out.split if held_out is not None else None,
+        split=subjects.dataset.split if subjects.dataset is not None else None,
+        held_out_split=subjects.held_out.split if subjects.held_out is not None else None,
         reference=config.reference,
         num_reference_images=len(reference.features) if reference.features is not None else None,
         resolution=place.transform.resolution,
@@ -486,21 +511,16 @@ def describe_protocol(
 
 
 def show_closest(
-    place: Workplace, dataset: DatasetRows | None, sets: dict[str, SetFeatures], train: SetFeatures | None
-) -> dict[str, dict[str, Tensor]]:
+    place: Workplace, dataset: DatasetRows, made: SetFeatures, train: SetFeatures, title: str
+) -> dict[str, Tensor]:
     """
-    Columns of neighbours.png by set, uint8 `(neighbours, 3, side, side)`: the samples that are closest to a real image,
-    and the real images that are closest to each.
+    Columns of neighbours.png, uint8 `(neighbours, 3, side, side)`: the samples that are closest to a real image, and
+    the real images that are closest to each.
     """
-    found: dict[str, dict[str, Tensor]] = {}
-    if train is None or not place.config.neighbours:
-        return found
     squares = dataset.squares(place.transform)
-    count = min(place.config.neighbours, *(len(made.pictures) for made in sets.values()))
-    for title, made in sets.items():
-        samples, rows = find_closest(made, train, count)
-        found[title] = {title: made.pictures[samples]}
-        for rank, of_rank in enumerate(zip(*rows, strict=True), start=1):
-            name = "nearest real" if rank == 1 else f"no. {rank}"
-            found[title][name] = torch.stack([squares[row]["pixels"] for row in of_rank])
-    return found
+    samples, rows = find_closest(made, train, place.config.neighbours)
+    columns = {title: made.pictures[samples]}
+    for rank, of_rank in enumerate(zip(*rows, strict=True), start=1):
+        name = "nearest real" if rank == 1 else f"no. {rank}"
+        columns[name] = torch.stack([squares[row]["pixels"] for row in of_rank])
+    return columns

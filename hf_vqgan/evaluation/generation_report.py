@@ -171,6 +171,8 @@ def write_generation(
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "generation.json", json.dumps(result.as_dict(), indent=2, allow_nan=False) + "\n")
     write_text(folder / "generation.md", to_markdown(result))
+    for name in ("samples.png", "neighbours.png", "guidance.png"):  # an earlier comparison's
+        (folder / name).unlink(missing_ok=True)
     if any(len(images) for images in samples.values()):
         _write_picture(folder / "samples.png", draw_grids(samples))
     if closest:

@@ -145,23 +145,21 @@ def open_splits(config) -> tuple[DatasetRows, DatasetRows | None]:
     else:
         others = (name for name in ("validation", "test") if name in splits and name != config.split)
         held_out = next(others, None)
-    reference = _open_split(splits, config.split, config)
+    reference = _open_split(splits, config.split, config, config.class_column)
     return reference, _open_split(splits, held_out, config) if held_out is not None else None
 
 
-def _open_split(splits: datasets.DatasetDict, split: str, config) -> DatasetRows:
+def _open_split(splits: datasets.DatasetDict, split: str, config, class_column: str | None = None) -> DatasetRows:
     name = config.dataset_name
     if split not in splits:
         raise ValueError(f"dataset {name!r} has no split {split!r}; it has {', '.join(splits)}.")
     rows = splits[split]
     if len(rows) == 0:
         raise ValueError(f"dataset {name!r}: split {split!r} is empty.")
-    if config.class_column is not None and config.class_column not in rows.column_names:
-        raise ValueError(
-            f"class_column={config.class_column!r} is not a column; columns: {', '.join(rows.column_names)}."
-        )
+    if class_column is not None and class_column not in rows.column_names:
+        raise ValueError(f"class_column={class_column!r} is not a column; columns: {', '.join(rows.column_names)}.")
     rows = rows.select(range(min(len(rows), config.max_samples or len(rows))))
-    return DatasetRows(name, split, rows, find_image_column(rows, name, config.image_column), config.class_column)
+    return DatasetRows(name, split, rows, find_image_column(rows, name, config.image_column), class_column)
 
 
 def archive_squares(archive: ImageArchive, transform: ImageTransform) -> Squares:
@@ -218,8 +216,10 @@ class StoredSamples:
 
 def _find_pictures(folder: str) -> list[Path]:
     files = sorted(file for file in Path(folder).rglob("*") if file.suffix.lower() in PICTURE_FILES)
-    if not files:
-        raise ValueError(f"{folder}: neither a pipeline (model_index.json) nor a picture ({', '.join(PICTURE_FILES)}).")
+    if not files or Path(folder, "config.json").is_file():  # a model, whose run has left pictures of its own
+        raise ValueError(
+            f"{folder}: neither a pipeline (model_index.json) nor a folder of pictures ({', '.join(PICTURE_FILES)})."
+        )
     return files
 
 
