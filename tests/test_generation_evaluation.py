@@ -120,7 +120,7 @@ def test_figures_are_torch_fidelitys(latent_pipeline, photos, random_inception, 
 
 
 def test_spatial_features_are_those_of_sfid(random_inception):  # noqa: F811
-    """Seven channels of the first 1x1 convolution in the third of the four 17x17 blocks, channels last as TensorFlow's."""
+    """Seven channels of the first 1x1 convolution in the third of the four 17x17 blocks, channels last."""
     network = InceptionFeatures(str(random_inception))
     pixels = smooth_pixels(0, 32)[None]
     pooled, _, spatial = network.with_spatial(pixels)
@@ -208,7 +208,7 @@ def test_real_images_are_close_noise_is_far_and_copies_are_found(photos, random_
     assert "memorization_ratio_lpips_alex" not in held_out
 
 
-def test_references_in_archives(photos, latent_pipeline, attempt, tmp_path):
+def test_references_in_archives(photos, latent_pipeline, backbone, random_trunk, attempt, tmp_path):
     images = read_pixels(Path(photos, "train")).permute(0, 2, 3, 1).numpy()
     np.savez(tmp_path / "images.npz", images)
     whole = attempt(latent_pipeline)
@@ -220,6 +220,15 @@ def test_references_in_archives(photos, latent_pipeline, attempt, tmp_path):
     np.savez(tmp_path / "moments.npz", mu=np.zeros(16), sigma=np.eye(16))
     found = attempt(latent_pipeline, dataset_name=None, reference=str(tmp_path / "moments.npz"))
     assert [name.partition("_")[0] for name in figures_of(found)] == ["num", "fd"]
+    both = attempt(latent_pipeline, reference=str(tmp_path / "moments.npz"))  # statistics, and the dataset's images
+    (distance,) = [name for name in figures_of(found) if name.startswith("fd_")]
+    assert figures_of(both) == pytest.approx(figures_of(whole) | {distance: found[distance]}, rel=1e-6)
+    with pytest.raises(ValueError, match="statistics are of one network's features"):
+        networks = {"features": [backbone, "lpips_vgg"], "vgg_weights_path": str(random_trunk / "vgg.safetensors")}
+        attempt(latent_pipeline, dataset_name=None, reference=str(tmp_path / "moments.npz"), **networks)
+    np.savez(tmp_path / "both.npz", images, mu=np.zeros(2048), sigma=np.eye(2048))  # Inception's
+    other = attempt(latent_pipeline, dataset_name=None, reference=str(tmp_path / "both.npz"))
+    assert figures_of(other) == pytest.approx(expected, rel=1e-5)
     np.savez(tmp_path / "moments.npz", mu=np.zeros(2048), sigma=np.eye(2048))
     with pytest.raises(ValueError, match="statistics of 2048 features, but these have 16. Inception's are 2048"):
         attempt(latent_pipeline, dataset_name=None, reference=str(tmp_path / "moments.npz"))

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor
@@ -30,7 +31,7 @@ from ..measurement.feature_networks import (
     VisionModelNetwork,
 )
 from ..measurement.frechet import FeatureMoments, Gaussian, frechet_distance, inception_score
-from ..measurement.generation import compare_distributions, memorization_ratio, nearest
+from ..measurement.generation import compare_distributions, memorization_ratio, moments_of, nearest
 from ..measurement.metrics import sum_over_processes
 from ..training.setup import share_cpu_threads
 from .comparison import full_precision
@@ -292,46 +293,51 @@ class Reference:
 
 def measure_reference(place: Workplace, dataset: DatasetRows | None, archive: ImageArchive | None) -> Reference:
     """
-    Statistics of the archive come first, then images of the archive, then those of the dataset.
-
-    Raises:
-        ValueError: for statistics of other features than those that are asked for.
+    Everything about real images, once for all comparisons: those of the archive, else of the dataset, and statistics of
+    the archive where it has some.
     """
-    train = None
+    features = train = None
     if dataset is not None:
-        train = place.measure_stored(dataset.squares(place.transform), "real images")
-    features = train
-    if archive is not None:
-        squares = archive_squares(archive, place.transform) if archive.images is not None else None
-        features = place.measure_stored(squares, "reference") if squares is not None else None
-    spatial: dict[str, FeatureMoments | Gaussian] = dict(features.spatial) if features is not None else {}
+        features = train = place.measure_stored(dataset.squares(place.transform), "real images")
+    if archive is not None and archive.images is not None:
+        features = place.measure_stored(archive_squares(archive, place.transform), "reference")
     gaussians: dict[str, FeatureMoments | Gaussian] = {}
-    if archive is not None:
-        if archive.moments is not None:
-            gaussians[place.networks[0].id] = _as_gaussian(archive, archive.moments, place.networks[0].dim)
-        if archive.spatial_moments is not None and place.networks[0].spatial_dim:
-            spatial[place.networks[0].id] = _as_gaussian(
-                archive, archive.spatial_moments, place.networks[0].spatial_dim
-            )
+    spatial: dict[str, FeatureMoments | Gaussian] = {}
+    if features is not None and len(features) > 1:
+        gaussians |= {name: moments_of(pooled) for name, pooled in features.pooled.items()}
+        spatial |= features.spatial
+    if archive is not None and (network := statistics_owner(archive, place.networks)) is not None:
+        gaussians[network.id] = _as_gaussian(archive.moments)
+        if archive.spatial_moments is not None and len(archive.spatial_moments[0]) == network.spatial_dim:
+            spatial[network.id] = _as_gaussian(archive.spatial_moments)
     return Reference(features, gaussians, spatial, train)
 
 
-def check_statistics(config: GenerationConfig, archive: ImageArchive, networks: list[FeatureNetwork]) -> None:
-    """Raises ValueError, before anything is computed, if the statistics are of other features."""
+def statistics_owner(archive: ImageArchive, networks: list[FeatureNetwork]) -> FeatureNetwork | None:
+    """
+    The network whose features the archive's statistics are of: Inception, or without its images the first one that is
+    asked for; `None` if the archive's images serve instead.
+
+    Raises:
+        ValueError: for statistics of other features, where there are no images to make them from.
+    """
     if archive.moments is None:
-        return
-    if len(networks) > 1 and archive.images is None:
-        raise ValueError(f"{archive.path}: statistics are of one network's features; features={config.features}.")
-    _as_gaussian(archive, archive.moments, networks[0].dim)
-
-
-def _as_gaussian(archive: ImageArchive, moments: tuple, dim: int) -> Gaussian:
-    mean, covariance = (torch.from_numpy(array) for array in moments)
-    if len(mean) != dim:
+        return None
+    dim = len(archive.moments[0])
+    inception = [network for network in networks if network.is_inception]
+    if not inception and archive.images is not None:
+        return None
+    network = (inception or networks)[0]
+    if network.dim != dim:
         raise ValueError(
-            f"{archive.path}: statistics of {len(mean)} features, but these have {dim}. Inception's are 2048: name "
+            f"{archive.path}: statistics of {dim} features, but these have {network.dim}. Inception's are 2048: name "
             "--features inception, or the network that they were made with."
         )
+    return network
+
+
+def _as_gaussian(moments: tuple[np.ndarray, np.ndarray]) -> Gaussian:
+    mean, covariance = (torch.from_numpy(array) for array in moments)
     return Gaussian(mean, covariance)
 
 
@@ -457,7 +463,9 @@ def prepare(names: list[str], config: GenerationConfig) -> tuple[Workplace, Subj
             raise ValueError(f"samples of different sizes, {sides}: say at which --resolution to compare them.")
         networks, skipped = load_networks(config, resolution, accelerator.device)
     if archive is not None:
-        check_statistics(config, archive, networks)
+        statistics_owner(archive, networks)
+        if dataset is None and archive.images is None and len(networks) > 1:
+            raise ValueError(f"{archive.path}: statistics are of one network's features; features={config.features}.")
     if "inception" in skipped and accelerator.is_main_process:
         logger.warning("no FID: %s Figures are in the features of %s instead.", skipped["inception"], networks[0].id)
     place = Workplace(accelerator, config, networks, ImageTransform(resolution, config.resize, True, False))
