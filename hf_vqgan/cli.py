@@ -38,6 +38,7 @@ COMMANDS = {
     "encode": Command("Encode an image dataset into latents and codes.", processes=True),
     "train-diffusion": Command("Train a latent diffusion model on a VQ-GAN's latents.", processes=True),
     "train-tokens": Command("Train a model of a VQ-GAN's tokens, autoregressive or masked.", processes=True),
+    "evaluate-generation": Command("Measure how close generated images are to real ones.", processes=True),
     "convert": Command("Convert a published VQ tokenizer, or export to another project's format."),
     "app": Command("Serve a page to play with trained models."),
     "recipes": Command("List the recipes that come with the package, or print one.", needs_library=False),
@@ -65,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _overview() -> str:
     lines = [f"usage: {PROGRAM} COMMAND ...", "", "VQ-GAN image tokenizers: train, measure, convert, use.", ""]
-    lines += [f"  {name:17} {command.summary}" for name, command in COMMANDS.items()]
+    lines += [f"  {name:20} {command.summary}" for name, command in COMMANDS.items()]
     lines += ["", f"`{PROGRAM} COMMAND --help` shows a command's flags, `{PROGRAM} --version` the version."]
     return "\n".join(lines)
 

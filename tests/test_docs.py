@@ -15,13 +15,14 @@ from configparser import ConfigParser
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from conftest import TINY, photo
-from diffusers import AutoencoderKL
-from test_pipelines import amused
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
+from test_pipelines import amused, tiny_unet
 
-from hf_vqgan import VQGANConfig, VQGANImageProcessor, VQGANModel, cli
+from hf_vqgan import VQGANConfig, VQGANImageProcessor, VQGANLatentDiffusionPipeline, VQGANModel, cli
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted((ROOT / "docs").glob("*.md"))
@@ -37,6 +38,8 @@ SMALL = {
     "evaluate": "--max_samples 2 --resolution 32 --alex_weights_path LPIPS/alex.safetensors \
         --vgg_weights_path LPIPS/vgg.safetensors --inception false --cpu_threads 1",
     "encode": "--cpu_threads 1",
+    "evaluate-generation": "--num_samples 6 --num_inference_steps 2 --resolution 32 --features lpips_alex \
+        --alex_weights_path LPIPS/alex.safetensors --cpu_threads 1",
     "train-diffusion": "--block_out_channels 8 16 --layers_per_block 1 --norm_num_groups 4 \
         --train_batch_size 4 --attention_head_dim 8 --max_train_steps 2 --sample_images 3 --sample_inference_steps 2 \
         --cpu_threads 1",
@@ -126,6 +129,16 @@ def given_evaluation() -> dict:
     return {}
 
 
+def given_generation_evaluation() -> dict:
+    save_images("DATASET", ["cats", "dogs"])
+    for folder in ("runs/diffusion", "runs/a"):
+        pipeline = VQGANLatentDiffusionPipeline(save_model(), tiny_unet(2), FlowMatchEulerDiscreteScheduler())
+        pipeline.save_pretrained(folder)
+    save_images("samples", ["anything"])
+    np.savez("REFERENCE.npz", np.random.default_rng(0).integers(0, 256, (6, 32, 32, 3), dtype=np.uint8))
+    return {}
+
+
 def given_checkpoints() -> dict:
     taming = {"block_out_channels": (32, 32), "norm_num_groups": 32, "num_used_codes": 16}
     model = VQGANModel(VQGANConfig(**TINY | taming))
@@ -158,6 +171,7 @@ GIVEN = {
     "tutorial": given_tutorial,
     "training": given_training,
     "evaluation": given_evaluation,
+    "generation_evaluation": given_generation_evaluation,
     "checkpoints": given_checkpoints,
     "diffusers": given_diffusers,
     "latent_space": given_latent_space,

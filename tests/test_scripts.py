@@ -16,6 +16,7 @@ MISTYPED = {
     "encode_dataset.py": ["./typo", "photos", "out"],
     "train_latent_diffusion.py": ["--vqgan", "./typo", "--dataset_name", "photos"],
     "train_token_model.py": ["--vqgan", "./typo", "--dataset_name", "photos"],
+    "evaluate_generation.py": ["./typo", "--dataset_name", "./typo"],
     "analyze_latent_space.py": ["./typo", "photos"],
     "convert_checkpoint.py": ["./typo", "out"],
     "app.py": ["./typo"],

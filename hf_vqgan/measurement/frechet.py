@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from .metrics import sum_over_processes
 
 FEATURES, CLASSES = 2048, 1008  # of Inception: its last pooling layer, and its logits
+SPATIAL_CHANNELS = 7  # of 192, at 17x17 positions, so that sFID has about as many features as FID
 
 
 class FeatureMoments:
@@ -63,12 +64,36 @@ class FeatureMoments:
     def root(self) -> Tensor:
         """Symmetric square root of the covariance; kept, since one set of originals is compared with many others."""
         if self._root is None:
-            values, vectors = torch.linalg.eigh(self.gaussian()[1])
-            self._root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+            self._root = _symmetric_root(self.gaussian()[1])
         return self._root
 
 
-def frechet_distance(first: FeatureMoments, second: FeatureMoments) -> float:
+class Gaussian:
+    """
+    Mean `(dim,)` and covariance `(dim, dim)` that somebody else has measured; in a Fréchet distance, what
+    `FeatureMoments` are.
+    """
+
+    def __init__(self, mean: Tensor, covariance: Tensor):
+        self.mean, self.covariance = mean.double(), covariance.double()
+        self._root: Tensor | None = None
+
+    def gaussian(self) -> tuple[Tensor, Tensor]:
+        return self.mean, self.covariance
+
+    def root(self) -> Tensor:
+        """Symmetric square root of the covariance; kept."""
+        if self._root is None:
+            self._root = _symmetric_root(self.covariance)
+        return self._root
+
+
+def _symmetric_root(covariance: Tensor) -> Tensor:
+    values, vectors = torch.linalg.eigh(covariance)
+    return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+
+
+def frechet_distance(first: FeatureMoments | Gaussian, second: FeatureMoments | Gaussian) -> float:
     r"""
     Squared Fréchet distance of the two Gaussians (https://huggingface.co/papers/1706.08500):
 
@@ -146,6 +171,20 @@ class InceptionFeatures(nn.Module):
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Images `(B, 3, H, W)` in [-1, 1], rounded to 8 bits, to features `(B, 2048)` and logits `(B, 1008)`."""
         return self.network(to_bytes(pixels))
+
+    @torch.no_grad()
+    def with_spatial(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """
+        `forward`, and spatial features `(B, 2023)` for sFID (https://huggingface.co/papers/2103.03841): the first 7
+        channels of the layer that TensorFlow's Inception calls `mixed_6/conv`, 17x17, channels last.
+        """
+        kept: list[Tensor] = []
+        handle = self.network.Mixed_6d.branch1x1.register_forward_hook(lambda *call: kept.append(call[2]))
+        try:
+            features, logits = self(pixels)
+        finally:
+            handle.remove()
+        return features, logits, kept[0][:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)
 
 
 def to_bytes(pixels: Tensor) -> Tensor:

@@ -8,14 +8,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import SPECIAL, TINY
 from in_float64 import to_pixel_values
+from PIL import Image
 from safetensors.torch import load_file
 
 from hf_vqgan import VQGANConfig
 from hf_vqgan.evaluation.comparison import EvaluationConfig, evaluate
+from hf_vqgan.evaluation.generation import GenerationConfig, evaluate_generation
 from hf_vqgan.training.configuration import VQGANTrainingConfig
 from hf_vqgan.training.tokenizer import train
 
@@ -165,3 +168,26 @@ def test_evaluation_by_two_processes_equals_one(tiny_model, image_folder, random
             assert {name: found[name] for name in names} == pytest.approx({n: expected[n] for n in names}, rel=5e-6)
         assert theirs["details"].get("weights_sha256") == ours["details"].get("weights_sha256")
     assert (tmp_path / "two" / "comparison.png").read_bytes() == (tmp_path / "one" / "comparison.png").read_bytes()
+
+
+@pytest.mark.filterwarnings("ignore:.*torch_dtype.*:FutureWarning")
+def test_generated_images_by_two_processes_equal_those_of_one(tiny_pipeline, image_folder, backbone, tmp_path):
+    """Samples and figures, with batches that do not come out even and a real image that cannot be read."""
+    (image_folder / "train" / "04.png").write_bytes(b"not an image")
+    tiny_pipeline.save_pretrained(tmp_path / "pipeline")
+    names = (str(tmp_path / "pipeline"),)
+    options = dict(
+        dataset_name=str(image_folder), features=[backbone], num_samples=11, num_inference_steps=2,
+        guidance_scale=[1.0, 3.0], pictures=11, cpu_threads=1,
+    )  # fmt: skip
+    evaluate_generation(list(names), GenerationConfig(**options, output_dir=str(tmp_path / "one")))
+    launch(options | {"batch_size": 3, "output_dir": tmp_path / "two"}, "evaluate_generation.py", names, float64=False)
+    one, two = (json.loads((tmp_path / name / "generation.json").read_text()) for name in ("one", "two"))
+    assert (two["protocol"]["processes"], two["protocol"]["num_reference_images"]) == (2, 11)
+    for ours, theirs in zip([*one["pipelines"], one["held_out"]], [*two["pipelines"], two["held_out"]], strict=True):
+        figures = {name for name, value in ours.items() if isinstance(value, (int, float))} - {"samples_per_second"}
+        expected = {name: ours[name] for name in figures}
+        assert {name: theirs[name] for name in figures} == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    pictures = [Image.open(tmp_path / name / "samples.png") for name in ("one", "two")]
+    differences = np.abs(np.subtract(*(np.asarray(picture, dtype=int) for picture in pictures)))
+    assert differences.max() <= 1  # a level, where rounding falls on the other side
