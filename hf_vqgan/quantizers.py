@@ -119,23 +119,23 @@ def entropy_loss_of_bits(logits: Tensor, group: int = 8) -> Tensor:
     summed over groups of up to `group` bits, exact for D <= group and an upper bound above
     (BSQ, https://huggingface.co/papers/2406.07548, section 3.3).
     """
-    p = logits.sigmoid()
-    bits = torch.stack([1 - p, p], dim=-1)  # (N, D, 2)
-    sure = entropy(bits).sum(dim=1).mean()
+    p = logits.sigmoid().T
+    bits = torch.stack([1 - p, p], dim=1)  # (D, 2, N)
+    sure = entropy(bits.transpose(1, 2)).sum(dim=0).mean()
     used = 0
-    for part in bits.split(group, dim=1):
+    for part in bits.split(group):
         # The mean over vectors of all products of one half's and the other's probabilities is a matrix product
-        first, second = (_joint(half) for half in part.tensor_split(2, dim=1))
+        first, second = (_joint(half) for half in part.tensor_split(2))
         with exact_products():
-            used = used + entropy((first.T @ second).flatten() / len(logits))
+            used = used + entropy((first @ second.T).flatten() / len(logits))
     return sure - used
 
 
 def _joint(bits: Tensor) -> Tensor:
-    """Probabilities `(N, m, 2)` of m independent bits to those of their combinations `(N, 2^m)`."""
-    joint = bits.new_ones(len(bits), 1)
-    for bit in bits.unbind(dim=1):
-        joint = (bit[:, :, None] * joint[:, None, :]).flatten(1)
+    """Probabilities `(m, 2, N)` of m independent bits to those of their combinations `(2^m, N)`."""
+    joint = bits.new_ones(1, bits.shape[2])
+    for bit in bits:
+        joint = (bit[:, None] * joint).flatten(0, 1)
     return joint
 
 
