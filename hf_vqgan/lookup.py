@@ -271,11 +271,13 @@ def kmeans(points: Tensor, num_clusters: int, iterations: int = 10, generator: t
     points = points.float()
 
     def sample(count: int) -> Tensor:
-        order = torch.randperm(len(points), generator=generator)[:count].to(points.device)
+        order = torch.randperm(len(points), generator=generator)[:count].to(points.device, non_blocking=True)
         chosen = points[order]
         if count > len(points):
-            rest = torch.randint(len(points), (count - len(points),), generator=generator).to(points.device)
-            noise = torch.randn(len(rest), points.shape[1], generator=generator).to(points.device)
+            rest = torch.randint(len(points), (count - len(points),), generator=generator)
+            rest = rest.to(points.device, non_blocking=True)
+            noise = torch.randn(len(rest), points.shape[1], generator=generator)
+            noise = noise.to(points.device, non_blocking=True)
             chosen = torch.cat([chosen, points[rest] + 0.01 * points.std(dim=0, correction=0) * noise])
         return chosen
 

@@ -361,7 +361,7 @@ class VectorQuantizer(Quantizer):
         indices = nearest_code(z, codebook, inner_product=self.inner_product)
         if self.training and self.perturbation_share:
             # A number known in advance: to count what is drawn would be to wait for the device
-            moved = torch.rand(len(z), device=z.device).topk(round(self.perturbation_share * len(z))).indices
+            moved = torch.rand(len(z), device=z.device).topk(int(self.perturbation_share * len(z) + 0.5)).indices
             near = near_codes(z[moved], codebook, self.perturbation_neighbours, self.inner_product)
             picked = torch.randint(self.perturbation_neighbours, (len(moved), 1), device=z.device)
             indices = indices.index_copy(0, moved, near.gather(1, picked).flatten())
