@@ -67,14 +67,17 @@ def constant(values: tuple[int, ...] | tuple[float, ...], device: torch.device) 
     `values` as an int64 or float32 tensor, not to be changed in place. They are copied to each device once, because
     every such copy waits for the device.
     """
-    key = (type(values[0]), values, device)
-    if key in _constants and not torch.compiler.is_compiling():
-        return _constants[key]
-    with torch.inference_mode(False):  # training may be next to need it
-        made = torch.tensor(values, dtype=torch.int64 if isinstance(values[0], int) else torch.float32, device=device)
-    if type(made) is Tensor:  # else it belongs to a trace
+    dtype = torch.int64 if isinstance(values[0], int) else torch.float32
+    if torch.compiler.is_compiling():  # a compiled graph has its own
+        return torch.tensor(values, dtype=dtype, device=device)
+    key = (values, dtype, device)
+    if key not in _constants:
+        with torch.inference_mode(False):  # training may be next to need it
+            made = torch.tensor(values, dtype=dtype, device=device)
+        if type(made) is not Tensor:  # belongs to a trace
+            return made
         _constants[key] = made
-    return made
+    return _constants[key]
 
 
 def in_parts(function: Callable[[Tensor], T], rows: Tensor, num_codes: int, max_scores: int = 2**24) -> list[T]:

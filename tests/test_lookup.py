@@ -167,6 +167,34 @@ def test_large_products_choose_as_tiles_do(as_on_gpus, monkeypatch, score_bytes,
 SHAPES = [(0, 5, 3), (1, 1, 1), (70, 1, 4), (64, 128, 16), (7, 300, 1), (130, 257, 2), (65, 400, 40), (3, 129, 256)]
 
 
+class Precisions(TorchDispatchMode):
+    """Notes at what precision each matrix product runs."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func._schema.name in ("aten::mm", "aten::addmm"):
+            seen = torch.get_float32_matmul_precision(), torch.backends.cuda.matmul.allow_tf32
+            self.seen = getattr(self, "seen", set()) | {seen}
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("precision", ["high", "medium"])
+def test_tf32_changes_no_choice(as_on_gpus, precision):
+    vectors, codebook = torch.randn(64, 256), torch.randn(500, 256)
+    exact = torch.cdist(vectors.double(), codebook.double()).argmin(dim=1)
+    torch.set_float32_matmul_precision(precision)
+    try:
+        with Precisions() as precisions:
+            found = nearest_code(vectors, codebook)
+            nearest_code(vectors, codebook, inner_product=True)
+        with pytest.raises(RuntimeError):
+            nearest_code(vectors[:, :3], codebook)  # fails inside
+        assert torch.get_float32_matmul_precision() == precision
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert precisions.seen == {("highest", False)}
+    assert torch.equal(found, exact)
+
+
 def grid_points(n: int, d: int, dtype: torch.dtype) -> torch.Tensor:
     """Whole numbers in [-2, 2]: float32 scores are exact, and ties many."""
     return torch.randint(-2, 3, (n, d)).to(dtype)
@@ -323,6 +351,21 @@ def test_perturbation_compiles_in_one_graph_for_all_sizes():
             assert compiled(torch.randn(batch, 2, 5, 3)).indices.shape == (batch, 5, 3)
     finally:
         torch.compiler.reset()
+
+
+@pytest.mark.parametrize("name", ["fsq", "lfq"])
+def test_compiled_quantizers_keep_their_constants_to_themselves(name):
+    """What a compiled graph returns may lie in memory that its next call overwrites."""
+    fields = {"num_vq_embeddings": 48} | SPECIAL[name]
+    quantizer = QUANTIZERS[name](VQGANConfig(quantizer=name, vq_embed_dim=4, **fields)).train()
+    latents = torch.randn(2, 4, 5, 3)
+    quantizers._constants.clear()
+    try:
+        compiled = torch.compile(quantizer, backend="aot_eager", fullgraph=True)(latents)
+    finally:
+        torch.compiler.reset()
+    assert not quantizers._constants
+    assert torch.equal(compiled.indices, quantizer(latents).indices)
 
 
 def test_a_pushed_model_takes_the_kernel_along():
