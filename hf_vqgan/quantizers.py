@@ -59,13 +59,34 @@ def wide(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
+_constants: dict[tuple, Tensor] = {}
+
+
+def constant(values: tuple[int, ...] | tuple[float, ...], device: torch.device) -> Tensor:
+    """
+    `values` as an int64 or float32 tensor, not to be changed in place. They are copied to each device once, because
+    every such copy waits for the device.
+    """
+    dtype = torch.int64 if isinstance(values[0], int) else torch.float32
+    if torch.compiler.is_compiling():  # a compiled graph has its own
+        return torch.tensor(values, dtype=dtype, device=device)
+    key = (values, dtype, device)
+    if key not in _constants:
+        with torch.inference_mode(False):  # training may be next to need it
+            made = torch.tensor(values, dtype=dtype, device=device)
+        if type(made) is not Tensor:  # belongs to a trace
+            return made
+        _constants[key] = made
+    return _constants[key]
+
+
 def in_parts(function: Callable[[Tensor], T], rows: Tensor, num_codes: int, max_scores: int = 2**24) -> list[T]:
     """
     `function` of as many `rows` at a time as have `max_scores` scores for `num_codes` codes; the backward pass computes
-    each part again instead of keeping its scores.
+    each part again instead of keeping its scores. `function` draws no random numbers.
     """
     parts = rows.split(max(1, max_scores // num_codes))
-    return [checkpoint(function, part, use_reentrant=False) for part in parts]
+    return [checkpoint(function, part, use_reentrant=False, preserve_rng_state=False) for part in parts]
 
 
 def entropy(probabilities: Tensor) -> Tensor:
@@ -101,15 +122,24 @@ def entropy_loss_of_bits(logits: Tensor, group: int = 8) -> Tensor:
     summed over groups of up to `group` bits, exact for D <= group and an upper bound above
     (BSQ, https://huggingface.co/papers/2406.07548, section 3.3).
     """
-    p = logits.sigmoid()
-    sure = entropy(torch.stack([p, 1 - p], dim=-1)).sum(dim=1).mean()
+    p = logits.sigmoid().T
+    bits = torch.stack([1 - p, p], dim=1)  # (D, 2, N)
+    sure = entropy(bits.transpose(1, 2)).sum(dim=0).mean()
     used = 0
-    for bits in p.split(group, dim=1):
-        joint = torch.ones_like(bits[:, :1])
-        for bit in bits.unbind(dim=1):
-            joint = torch.cat([joint * (1 - bit[:, None]), joint * bit[:, None]], dim=1)  # (N, 2^bits so far)
-        used = used + entropy(joint.mean(dim=0))
+    for part in bits.split(group):
+        # The mean over vectors of all products of one half's and the other's probabilities is a matrix product
+        first, second = (_joint(half) for half in part.tensor_split(2))
+        with exact_products():
+            used = used + entropy((first @ second.T).flatten() / len(logits))
     return sure - used
+
+
+def _joint(bits: Tensor) -> Tensor:
+    """Probabilities `(m, 2, N)` of m independent bits to those of their combinations `(2^m, N)`."""
+    joint = bits.new_ones(1, bits.shape[2])
+    for bit in bits:
+        joint = (bit[:, None] * joint).flatten(0, 1)
+    return joint
 
 
 class _PassGradient(torch.autograd.Function):
@@ -209,9 +239,10 @@ class Quantizer(nn.Module):
         if latents.numel() == 0:
             raise ValueError(f"latents of shape {tuple(latents.shape)} are empty: there is nothing to quantize.")
         # One sum is enough, as NaN and infinity propagate. In training they reach the losses, and the trainer skips the
-        # step on all processes alike.
+        # step on all processes alike. The check waits for the device, which a CUDA graph cannot.
         precision = torch.promote_types(latents.dtype, torch.float32)
-        checked = not (self.training or torch.compiler.is_compiling())
+        captured = latents.is_cuda and torch.cuda.is_current_stream_capturing()
+        checked = not (self.training or captured or torch.compiler.is_compiling())
         if checked and not latents.sum(dtype=precision).isfinite():
             bad = int((~torch.isfinite(latents)).sum())
             raise ValueError(f"{bad} of {latents.numel()} latent values are NaN or infinite. Check the input image.")
@@ -332,7 +363,8 @@ class VectorQuantizer(Quantizer):
     def choose(self, z: Tensor, codebook: Tensor) -> Tensor:
         indices = nearest_code(z, codebook, inner_product=self.inner_product)
         if self.training and self.perturbation_share:
-            moved = (torch.rand(len(z), device=z.device) < self.perturbation_share).nonzero().flatten()
+            # A number known in advance: to count what is drawn would be to wait for the device
+            moved = torch.rand(len(z), device=z.device).topk(int(self.perturbation_share * len(z) + 0.5)).indices
             near = near_codes(z[moved], codebook, self.perturbation_neighbours, self.inner_product)
             picked = torch.randint(self.perturbation_neighbours, (len(moved), 1), device=z.device)
             indices = indices.index_copy(0, moved, near.gather(1, picked).flatten())
@@ -397,10 +429,15 @@ class VectorQuantizer(Quantizer):
 
     @torch.no_grad()
     def restart_codes(self, dead: Tensor, vectors: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        restarted = torch.zeros_like(dead)
-        restarted[dead.nonzero().flatten()[: len(vectors)]] = True
-        drawn = torch.randperm(len(vectors), generator=generator)[: int(restarted.sum())].to(vectors.device)
-        self.embedding.weight[restarted] = self.project(vectors[drawn].float()).to(self.embedding.weight.dtype)
+        if not len(vectors):
+            return torch.zeros_like(dead)
+        # The j-th dead code takes the j-th drawn latent, in shapes that do not depend on how many are dead: no waiting
+        place = dead.cumsum(dim=0) - 1
+        restarted = dead & (place < len(vectors))
+        order = torch.randperm(len(vectors), generator=generator).to(vectors.device, non_blocking=True)
+        drawn = self.project(vectors[order[place.clamp_(0, len(vectors) - 1)]].float())
+        weight = self.embedding.weight
+        weight.copy_(torch.where(restarted[:, None], drawn.to(weight.dtype), weight))
         return restarted
 
 
@@ -448,8 +485,9 @@ class EMAVectorQuantizer(VectorQuantizer):
     def update_codebook(self, statistics: Tensor) -> None:
         self.cluster_size.lerp_(statistics[:, 0], 1 - self.decay)
         self.embed_avg.lerp_(statistics[:, 1:], 1 - self.decay)
-        alive = self.cluster_size > 1e-6  # averages of a code long unused approach 0 / 0, so it stays where it is
-        self.embedding.weight[alive] = (self.embed_avg / self.cluster_size[:, None])[alive].to(self.embedding.weight)
+        alive = (self.cluster_size > 1e-6)[:, None]  # averages of a code long unused approach 0 / 0, so it stays
+        means = (self.embed_avg / self.cluster_size[:, None]).to(self.embedding.weight.dtype)
+        self.embedding.weight.copy_(torch.where(alive, means, self.embedding.weight))
 
     @torch.no_grad()
     def initialize_codebook(self, vectors: Tensor, generator: torch.Generator | None = None) -> None:
@@ -460,8 +498,8 @@ class EMAVectorQuantizer(VectorQuantizer):
     @torch.no_grad()
     def restart_codes(self, dead: Tensor, vectors: Tensor, generator: torch.Generator | None = None) -> Tensor:
         restarted = super().restart_codes(dead, vectors, generator)
-        self.cluster_size[restarted] = 1
-        self.embed_avg[restarted] = self.embedding.weight[restarted].to(self.embed_avg.dtype)
+        self.cluster_size.masked_fill_(restarted, 1)
+        self.embed_avg.copy_(torch.where(restarted[:, None], wide(self.embedding.weight), self.embed_avg))
         return restarted
 
 
@@ -573,12 +611,16 @@ class FiniteScalarQuantizer(Quantizer):
         super().__init__(config)
         self.levels = list(config.fsq_levels)
         self.places = [math.prod(self.levels[:place]) for place in range(len(self.levels))]
-
-    def quantize_vectors(self, vectors: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        levels, places, middle = self._constants(vectors.device)
+        levels = torch.tensor(self.levels, dtype=torch.float32, device="cpu")
         half = (levels - 1) * (1 + 1e-3) / 2  # with a margin, so that tanh reaches the outermost levels
         offset = (levels % 2 == 0) * 0.5
         shift = torch.atanh(offset / half) * (levels > 2)
+        # Not buffers: those that are not in a checkpoint are garbage after transformers' from_pretrained.
+        self.squash = [tuple(values.tolist()) for values in (half, offset, shift)]
+
+    def quantize_vectors(self, vectors: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        levels, places, middle = self._digits(vectors.device)
+        half, offset, shift = (constant(values, vectors.device) for values in self.squash)
         bounded = torch.tanh(vectors + shift.to(vectors)) * half - offset
         digits = bounded.detach().round().long() + middle
         digits = digits.clamp(min=0).minimum(levels - 1)  # above 1,000 levels, the margin is wider than half a level
@@ -587,13 +629,12 @@ class FiniteScalarQuantizer(Quantizer):
         return _PassGradient.apply((bounded / middle).to(vectors.dtype), codes), indices, {}
 
     def code_vectors(self, indices: Tensor) -> Tensor:
-        levels, places, middle = self._constants(indices.device)
+        levels, places, middle = self._digits(indices.device)
         return (indices[:, None] // places % levels - middle) / middle
 
-    def _constants(self, device) -> tuple[Tensor, Tensor, Tensor]:
-        # Not buffers: those that are not in a checkpoint are garbage after transformers' from_pretrained.
-        levels = torch.tensor(self.levels, device=device)
-        return levels, torch.tensor(self.places, device=device), levels // 2
+    def _digits(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        middle = tuple(level // 2 for level in self.levels)
+        return constant(tuple(self.levels), device), constant(tuple(self.places), device), constant(middle, device)
 
 
 class LookupFreeQuantizer(Quantizer):
@@ -630,7 +671,7 @@ class LookupFreeQuantizer(Quantizer):
         return (bits.float() * 2 - 1) * self.scale
 
     def _places(self, device) -> Tensor:
-        return 2 ** torch.arange(self.embed_dim, device=device)
+        return constant(tuple(2**place for place in range(self.embed_dim)), device)
 
 
 class BinarySphericalQuantizer(LookupFreeQuantizer):

@@ -60,7 +60,7 @@ def lookup(arguments: argparse.Namespace) -> list[dict]:
     rows = []
     for size in arguments.sizes:
         n, k, d = map(int, size.split("x"))
-        figures = lookup_speed.compare_lookups(n, k, d, with_memory=arguments.memory)
+        figures = lookup_speed.compare_lookups(n, k, d, arguments.memory, arguments.device)
         cells = {
             name: f"{row['seconds'] * 1e3:.1f} ms" + (f", {row['memory']:.0f} MB" if "memory" in row else "")
             for name, row in figures.items()
@@ -219,7 +219,8 @@ def main() -> None:
     parser.add_argument("--dataset_name", help="quality: Hub dataset, or a folder that load_dataset reads.")
     parser.add_argument("--compile", action="store_true", help="inference: torch.compile as well (needs a compiler).")
     parser.add_argument("--sizes", nargs="+", default=lookup_speed.SIZES, help="lookup: N x K x D. Default: full grid.")
-    parser.add_argument("--memory", action="store_true", help="lookup: peak memory, in a process for each.")
+    parser.add_argument("--memory", action="store_true", help="lookup: peak memory on CPU, in a process for each.")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="lookup: where the contestants run.")
     parser.add_argument("--output", help="Write the figures to this JSON file, too.")
     arguments = parser.parse_args()
     arguments.resolutions = arguments.resolutions or ([256] if arguments.what == "inference" else [64, 128])

@@ -71,7 +71,7 @@ def contestants(n: int, k: int, d: int, names: list[str]) -> dict[str, Callable]
 
         def product():
             # The limit: N x K x D multiplications, the scores thrown away tile by tile.
-            out = torch.empty(1024, 1024)
+            out = rows.new_empty(1024, 1024)
             for part in rows.split(1024):
                 for codes in codebook.split(1024):
                     torch.mm(part, codes.T, out=out)
@@ -86,9 +86,24 @@ def lookup_memory(n: int, k: int, d: int, name: str) -> float:
     return added_memory(contestants(n, k, d, [name])[name])
 
 
-def compare_lookups(n: int, k: int, d: int, with_memory: bool = False) -> dict[str, dict[str, float]]:
-    """Contestant -> `seconds`, and `memory` in MB."""
-    functions = contestants(n, k, d, NAMES)
+def until_done(function: Callable) -> Callable:
+    """`function`, waiting for the GPU to finish."""
+
+    def run():
+        function()
+        torch.cuda.synchronize()
+
+    return run
+
+
+def compare_lookups(
+    n: int, k: int, d: int, with_memory: bool = False, device: str = "cpu"
+) -> dict[str, dict[str, float]]:
+    """Contestant -> `seconds`, and on CPUs `memory` in MB."""
+    with torch.device(device):
+        functions = contestants(n, k, d, NAMES)
+    if device == "cuda":
+        functions = {name: until_done(function) for name, function in functions.items()}
     for function in functions.values():
         function()
     figures = {name: {"seconds": seconds} for name, seconds in median_seconds(functions, budget=12.0).items()}
