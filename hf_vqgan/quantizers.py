@@ -245,7 +245,10 @@ class Quantizer(nn.Module):
         checked = not (self.training or captured or torch.compiler.is_compiling())
         if checked and not latents.sum(dtype=precision).isfinite():
             bad = int((~torch.isfinite(latents)).sum())
-            raise ValueError(f"{bad} of {latents.numel()} latent values are NaN or infinite. Check the input image.")
+            raise ValueError(
+                f"{bad} of {latents.numel()} latent values are NaN or infinite. Check the input image, "
+                "and whether the weights have diverged."
+            )
         batch, dim, height, width = latents.shape
         with torch.autocast(latents.device.type, enabled=False), exact_products(), fetched(self):
             vectors = latents.permute(0, 2, 3, 1).reshape(-1, dim).to(precision)

@@ -104,7 +104,7 @@ def test_interrupted_encoding_keeps_finished_shards(tmp_path, labelled, vqgan, m
     def interrupted(dataset, path):
         calls.append(path)
         if len(calls) == 2:
-            Path(path).write_bytes(b"half a file")
+            (out / "data" / ".train-00001-of-00003.parquet.tmp").write_bytes(b"half a file")
             raise KeyboardInterrupt
         return write(dataset, path)
 
@@ -121,6 +121,21 @@ def test_interrupted_encoding_keeps_finished_shards(tmp_path, labelled, vqgan, m
     assert one.features["latents"] == datasets.Array3D(shape=(4, 8, 8), dtype="float16")
     assert one.remove_columns("thumbnail").to_dict() == other.remove_columns("thumbnail").to_dict()
     assert encode_dataset(vqgan, labelled, out, encoding(latents_dtype="float16"))["images"] == 0
+
+
+def test_full_disk_is_one_error_and_leaves_no_half_shard(tmp_path, labelled, vqgan):
+    """pyarrow, writing to the file itself, aborted the process."""
+    resource = pytest.importorskip("resource")
+    encode_dataset(vqgan, labelled, tmp_path / "before", encoding())  # fills the cache of datasets
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"train-00000-of-00001.parquet could not be written .* same command again"):
+            encode_dataset(vqgan, labelled, tmp_path / "out", encoding(shard_size=10))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert files(tmp_path / "out") == {}
+    assert encode_dataset(vqgan, labelled, tmp_path / "out", encoding(shard_size=10))["images"] == 10
 
 
 def test_other_settings_and_other_weights_are_refused(tmp_path, labelled, vqgan):

@@ -185,6 +185,10 @@ def test_steps_that_are_not_finite_are_skipped_up_to_a_limit(trainer, tmp_path):
     ]
     assert all(weight.isfinite().all() for weight in trainer.final_weights(tmp_path / "one").values())
     with pytest.MonkeyPatch.context() as patch:
+        poison(patch, trainer, 5)  # the last step
+        assert trainer.run(tmp_path / "last")["steps"] == 6
+    assert trainer.run(tmp_path / "last")["steps"] == 6  # metrics.json is JSON, so the run is complete
+    with pytest.MonkeyPatch.context() as patch:
         poison(patch, trainer, 2, times=2)
         with pytest.raises(
             FloatingPointError, match=r"step 4: 2 steps in a row \(max_nonfinite_steps\) were not finite"
@@ -198,6 +202,11 @@ def test_dry_run_leaves_nothing(trainer, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "steps: 6" in printed and "OK: 3 steps and a " in printed
     assert sorted(tmp_path.rglob("*")) == before
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "training_config.yaml").write_text("learning_rate: 7.0\n")
+    with pytest.raises(FileExistsError, match="holds another run"):
+        trainer.run(tmp_path / "run", dry_run=True)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["training_config.yaml"]
 
 
 def test_unreadable_images_are_counted_and_too_many_end_the_run(trainer, tmp_path, image_folder, caplog, capsys):

@@ -114,6 +114,52 @@ def test_overwriting_refuses_what_is_no_run(tmp_path, names):
     assert sorted((tmp_path / "photos").rglob("*")) == before
 
 
+@pytest.mark.parametrize("source", ["", "vqvae", "checkpoint-3/../vqvae"])
+def test_overwriting_spares_the_model_to_start_from(tmp_path, source):
+    """`--vqgan runs/mine --output_dir runs/mine --overwrite_output_dir` deleted the tokenizer, which was in memory."""
+    made_run(tmp_path / "run", 3)
+    (tmp_path / "run" / "vqvae").mkdir()
+    before = sorted((tmp_path / "run").rglob("*"))
+    config = LatentDiffusionConfig(
+        vqgan=str(tmp_path / "run" / source), dataset_name="d", output_dir=str(tmp_path / "run"),
+        overwrite_output_dir=True,
+    )  # fmt: skip
+    with RunFolder(config, None, Accelerator()) as run:
+        for claim in (run.open, run.check):
+            with pytest.raises(FileExistsError, match=r"would delete --vqgan .*run.*, which this run needs"):
+                claim()
+    assert sorted((tmp_path / "run").rglob("*")) == before
+    elsewhere = dataclasses.replace(config, vqgan=str(tmp_path / "run" / "my-models"))  # is not deleted
+    with RunFolder(elsewhere, None, Accelerator()) as run:
+        assert run.open() is None
+    assert not (tmp_path / "run" / "vqvae").exists()
+
+
+def test_checking_a_folder_finds_what_opening_it_would(tmp_path):
+    """Dry runs said OK of a folder with another run."""
+    config = made_run(tmp_path / "run", 3)
+    other = dataclasses.replace(config, learning_rate=1.0)
+    file = str(tmp_path / "run" / "training_config.yaml")
+    cases = (
+        (other, FileExistsError, "differs in: learning_rate. Choose"),
+        (dataclasses.replace(config, resume_from_checkpoint="nowhere"), FileNotFoundError, "no such folder"),
+        (dataclasses.replace(config, output_dir=file), FileExistsError, "is a file"),
+    )  # fmt: skip
+    before = sorted((tmp_path / "run").rglob("*"))
+    for changed, error, message in cases:
+        with RunFolder(changed, VQGANConfig(**TINY), Accelerator()) as run, pytest.raises(error, match=message):
+            run.check()
+    for fine in (config, dataclasses.replace(other, overwrite_output_dir=True),
+                 dataclasses.replace(other, resume_from_checkpoint="latest"),
+                 dataclasses.replace(config, output_dir=str(tmp_path / "new"))):  # fmt: skip
+        with RunFolder(fine, VQGANConfig(**TINY), Accelerator()) as run:
+            run.check()
+    assert sorted((tmp_path / "run").rglob("*")) == before and not (tmp_path / "new").exists()
+    (tmp_path / "run" / "checkpoint-3" / "state.json").write_text("{}")
+    with RunFolder(config, VQGANConfig(**TINY), Accelerator()) as run, pytest.raises(ValueError, match="is damaged"):
+        run.check()
+
+
 @pytest.mark.parametrize("below", ["", "a/b"])
 def test_a_file_in_the_way_is_named(tmp_path, below):
     """A bare `[Errno 20] Not a directory` does not say which of the names it is."""

@@ -228,8 +228,11 @@ LARGER = [[0] * 3] * 3
          r"shape \(2, 2\) in split 'train' and \(3, 3\) in 'test'"),
         ({"train": {"indices": [GRID], "label": [0]}, "test": {"indices": [GRID], "label": [1]}},
          "'label' goes up to 1 in split 'test', but 'train' has 1 classes"),
+        ({"train": {"indices": [GRID], "label": [0]}, "test": {"indices": [GRID], "label": [-1]}},
+         r"split 'test', whose likelihood .* with -1 in row 0: .* Choose another --validation_split"),
+        ({"train": {"indices": [GRID] * 2, "label": [0, 10**9]}}, "with 1000000000 in row 1: .* below 1,000,000"),
     ],
-    ids=["codes", "wide", "channels", "grids", "classes"],
+    ids=["codes", "wide", "channels", "grids", "classes", "unlabelled", "ids"],
 )  # fmt: skip
 def test_encodings_that_do_not_fit_are_refused_at_once(tmp_path, vqgan, splits, message):
     dataset = write_rows(tmp_path / "encoded", **copy.deepcopy(splits))

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from hf_vqgan import MaskedTokenConfig, VQGANConfig, VQGANModel
 from hf_vqgan.data.datasets import ImageTransform
-from hf_vqgan.generation.samples import LatentSamples, raw_indices
+from hf_vqgan.generation.samples import LatentSamples, raw_indices, raw_latents
 from hf_vqgan.generation.token_models import (
     MEAN_MASKED,
     Draws,
@@ -169,6 +169,8 @@ def test_images_latents_and_indices_are_the_same_tokens(quantizer):
 def test_indices_of_another_vqgan_are_refused(tiny_model, indices):
     with pytest.raises(ValueError, match=r"this VQ-GAN has indices \(B, h, w\) in \[0, 15\]"):
         raw_indices(tiny_model, {"indices": indices})
+    with pytest.raises(ValueError, match=r"this VQ-GAN has indices \(B, h, w\) in \[0, 15\]"):  # for diffusion models
+        raw_latents(tiny_model, {"indices": indices})
 
 
 def test_indices_are_preferred_to_latents_where_both_are_there():

@@ -451,7 +451,10 @@ def test_what_does_not_fit_the_model_to_start_from_is_named(image_folder, random
     with pytest.raises(ValueError, match=message):
         train(config, VQGANConfig(**TINY | {"num_vq_embeddings": 32}))
     (tmp_path / "pretrained" / "config.json").unlink()  # as in a run's checkpoints
-    with pytest.raises(FileNotFoundError, match="has no config.json, .* not in its checkpoints"):
+    (tmp_path / "pretrained" / "manifest.json").touch()
+    (tmp_path / "pretrained").rename(tmp_path / "checkpoint-6")
+    config.init_from = str(tmp_path / "checkpoint-6")
+    with pytest.raises(FileNotFoundError, match=f"has no config.json, .* a run's checkpoint; .* is {tmp_path}"):
         train(config, tiny_model.config)
     assert not (tmp_path / "run").exists()
 

@@ -12,7 +12,7 @@ the recipes. The same command again resumes.
 """
 
 from ..configuration_vqgan import VQGANConfig
-from ..files.sources import check_source
+from ..files.sources import check_model_folder
 from ..training.arguments import ModelArguments, RecipeParser, errors_in_one_line, given
 from ..training.configuration import VQGANTrainingConfig
 from ..training.tokenizer import train
@@ -37,6 +37,6 @@ def main() -> None:
         if config.init_from is None:
             model_config = VQGANConfig(**fields)
         else:
-            check_source(config.init_from)
+            check_model_folder(config.init_from)
             model_config = VQGANConfig.from_pretrained(config.init_from, **fields)
         train(config, model_config, dry_run=flags.dry_run)

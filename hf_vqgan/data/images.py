@@ -27,6 +27,7 @@ from .datasets import ImageTransform, UnreadableImage, decode_image, row_of, to_
 logger = logging.getLogger(__name__)
 
 PACKAGE_PREFIX = "package:"
+MAX_CLASSES = 1_000_000  # ids of persons or images, taken for classes, would need an embedding each
 
 # Patterns of files that `datasets` reads with a builder of this name.
 FILE_BUILDERS = {".tar": "webdataset", ".parquet": "parquet"}
@@ -265,15 +266,20 @@ def read_classes(rows: datasets.Dataset, column: str) -> tuple[list[int], dict[i
     Class number of every row, and the names of all classes.
 
     Raises:
-        ValueError: for a column that is not there, or does not hold numbers from 0 in every row.
+        ValueError: for a column that is not there, or does not hold numbers from 0 in every row; it names the first
+            other value. For a number so large that it is no class.
     """
     if column not in rows.column_names:
         raise ValueError(f"class_column={column!r} is not a column; columns: {', '.join(rows.column_names)}.")
     labels, feature = rows[column][:], rows.features[column]
-    if not all(isinstance(label, int) and label >= 0 for label in labels):
-        raise ValueError(f"class_column={column!r} is {feature}: expected class numbers from 0, none missing.")
+    for row, label in enumerate(labels):
+        if not isinstance(label, int) or not 0 <= label < MAX_CLASSES:
+            raise ValueError(
+                f"class_column={column!r} is {feature}, with {label!r} in row {row}: expected class numbers from 0, "
+                f"none missing and all below {MAX_CLASSES:,}."
+            )
     names = feature.names if isinstance(feature, datasets.ClassLabel) else [str(n) for n in range(max(labels) + 1)]
-    return labels, dict(enumerate(names))
+    return list(map(int, labels)), dict(enumerate(names))  # true and false are 1 and 0
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ import yaml
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .sources import check_source
+from .sources import check_source, where_model_is
 from .torch_files import Opaque, StoredTensor, read_torch_file
 
 # In a folder, the first of these that exists is taken; otherwise the only file with a known ending.
@@ -69,6 +69,8 @@ def locate(path_or_repo: str | Path) -> tuple[Path, Path | None]:
     path = Path(path_or_repo)
     if path.exists() and not (path.is_file() or path.is_dir()):
         raise FileNotFoundError(f"{path_or_repo} is neither a file nor a folder.")
+    if path.is_dir() and (elsewhere := where_model_is(path)):
+        raise FileNotFoundError(f"{path_or_repo} is no tokenizer's folder. {elsewhere}")
     if path.exists():
         files = [path] if path.is_file() else sorted(file for file in path.iterdir() if file.is_file())
         weights = path if path.is_file() else path / choose_weights([file.name for file in files], str(path))

@@ -53,6 +53,31 @@ def check_source(name: str | Path, kind: str = "model", repo: str | None = None,
             ) from error
 
 
+def check_model_folder(name: str | Path) -> None:
+    """
+    As `check_source`, and a local folder must hold a model that `from_pretrained` reads.
+
+    Raises:
+        FileNotFoundError: if it does not; it says where the model is, if that is known.
+    """
+    check_source(name)
+    folder = Path(name)
+    if folder.exists() and not (folder / "config.json").is_file():
+        raise FileNotFoundError(
+            f"model {str(name)!r} has no config.json, so it is not a model's folder. "
+            + (where_model_is(folder) or "For other projects' files, see docs/checkpoints.md.")
+        )
+
+
+def where_model_is(folder: Path) -> str | None:
+    """Of a folder that a run has written, and which holds no model itself, the one that does; `None` of others."""
+    if (folder / "vqvae" / "config.json").is_file():
+        return f"It is a pipeline, whose tokenizer is {folder / 'vqvae'}."
+    if folder.name.startswith("checkpoint-") and (folder / "manifest.json").is_file():
+        return f"It is a run's checkpoint; the run's model is {folder.parent}."
+    return None
+
+
 def _is_cached(repo: str, kind: str, cache_dir: str | None) -> bool:
     """Whether any part of a repository has been downloaded before."""
     if kind == "dataset":

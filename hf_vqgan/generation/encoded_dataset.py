@@ -1,7 +1,9 @@
 """An image dataset as a dataset of latents and codes: encoded once, in resumable shards, by any number of processes."""
 
 import hashlib
+import io
 import json
+import shutil
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,7 +18,7 @@ from tqdm.auto import tqdm
 from ..data.images import CentralSquares, ImageOptions, check_splits, find_image_column, only_image_column
 from ..files.documents import read_mapping, write_text
 from ..files.options import check_values, option
-from ..files.sources import check_source
+from ..files.sources import check_model_folder
 from ..modeling_vqgan import VQGANModel
 from ..training.setup import share_cpu_threads
 
@@ -73,11 +75,12 @@ def encode_dataset(model_name: str, dataset_name: str, out: str | Path, config: 
     Raises:
         FileExistsError: if `out` holds a dataset encoded with other settings; it names them.
         ValueError, FileNotFoundError: for a model or dataset that is not there or does not fit.
+        OSError: if a shard cannot be written, say for a full disk. Those already there are kept.
     """
     accelerator = Accelerator(mixed_precision=config.mixed_precision)
     share_cpu_threads(config, accelerator)
     out = Path(out)
-    check_source(model_name)
+    check_model_folder(model_name)
     model = VQGANModel.from_pretrained(model_name).eval().to(accelerator.device)
     side = model.config.sample_size if config.resolution is None else config.resolution
     if side % model.config.downsample_factor:
@@ -106,10 +109,7 @@ def encode_dataset(model_name: str, dataset_name: str, out: str | Path, config: 
     for shard in todo:
         with accelerator.autocast():
             encoded = _encode_shard(model, shard, options, config, progress)
-        file = shard.file(out)
-        temporary = file.with_name(f".{file.name}.tmp")
-        encoded.to_parquet(temporary)
-        temporary.replace(file)
+        _write_shard(encoded, shard.file(out))
         images += len(encoded)
     progress.close()
     total = accelerator.reduce(torch.tensor(images, device=accelerator.device), "sum").item()
@@ -183,6 +183,22 @@ def cut_into_shards(split: str, rows: datasets.Dataset, size: int) -> list[Shard
         Shard(split, number, len(starts), start, rows.select(range(start, min(start + size, len(rows)))))
         for number, start in enumerate(starts)
     ]
+
+
+def _write_shard(encoded: datasets.Dataset, file: Path) -> None:
+    buffer = io.BytesIO()  # a full disk would make pyarrow's own file abort the program
+    encoded.to_parquet(buffer)
+    temporary = file.with_name(f".{file.name}.tmp")
+    try:
+        temporary.write_bytes(buffer.getbuffer())
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        free = shutil.disk_usage(file.parent).free / 2**20
+        raise OSError(
+            f"{file} could not be written ({free:,.0f} MiB free there): {error}. Make room and run the same command "
+            "again: finished shards are kept."
+        ) from error
+    temporary.replace(file)
 
 
 @torch.no_grad()

@@ -25,7 +25,7 @@ from torchvision.utils import make_grid
 from ..data.datasets import ImageTransform, collate_samples
 from ..data.images import DatasetSource, check_splits
 from ..files.options import option
-from ..files.sources import check_source
+from ..files.sources import check_model_folder
 from ..modeling_vqgan import VQGANModel
 from ..training.checkpoint import LossScale, NamedAverages, NamedOptimizer, Part
 from ..training.configuration import LR_SCHEDULERS, DatasetOptions, HubOptions, OptimizationOptions, RunOptions
@@ -278,7 +278,7 @@ class GeneratorTask(Task):
 
 def load_tokenizer(source: str, device: torch.device) -> VQGANModel:
     """A frozen [`VQGANModel`] from the Hub or a folder."""
-    check_source(source)
+    check_model_folder(source)
     return VQGANModel.from_pretrained(source).eval().requires_grad_(False).to(device)
 
 

@@ -153,11 +153,16 @@ def encode_samples(
 
 @torch.no_grad()
 def raw_latents(vqgan: VQGANModel, batch: dict[str, Tensor]) -> Tensor:
-    """The batch's latents as `encode` gives them, `(B, D, h, w)`, float32, whichever of the three forms it has."""
+    """
+    The batch's latents as `encode` gives them, `(B, D, h, w)`, float32, whichever of the three forms it has.
+
+    Raises:
+        ValueError: for indices that the VQ-GAN does not have.
+    """
     if "pixel_values" in batch:
         latents = vqgan.encode(batch["pixel_values"]).latents
     elif "indices" in batch:
-        latents = vqgan.quantize.codes(batch["indices"].long())
+        latents = vqgan.quantize.codes(checked_indices(vqgan, batch["indices"]))
     else:
         latents = batch["latents"]
     return latents.float()
@@ -181,7 +186,12 @@ def raw_indices(vqgan: VQGANModel, batch: dict[str, Tensor]) -> Tensor:
                 "Encode the dataset with it."
             )
         return vqgan.quantize(latents).indices
-    indices = batch["indices"].long()
+    return checked_indices(vqgan, batch["indices"])
+
+
+def checked_indices(vqgan: VQGANModel, indices: Tensor) -> Tensor:
+    """The indices, int64. Raises ValueError for any that the VQ-GAN does not have."""
+    indices = indices.long()
     codes, several = vqgan.quantize.num_codes, vqgan.quantize.num_codebooks
     expected = "(B, h, w)" if several == 1 else f"(B, h, w, {several})"
     if indices.shape[3:] != (() if several == 1 else (several,)) or indices.min() < 0 or indices.max() >= codes:

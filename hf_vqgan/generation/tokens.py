@@ -35,6 +35,8 @@ from .token_models import TokenTrainingConfig, build_token_model, draw, shuffled
 
 FORMS = ("indices", "latents")  # of an encoded dataset with both, the indices need no further work
 
+INSTEAD = "Choose another --validation_split, or --likelihood_images 0."  # of what is held out and does not fit
+
 
 def train_token_model(config: TokenTrainingConfig, dry_run: bool = False) -> dict[str, float]:
     """
@@ -68,7 +70,7 @@ def load_samples(
     The training rows, and those whose likelihood is measured, if any.
 
     Raises:
-        ValueError: if the dataset has no such splits.
+        ValueError: if the dataset has no such splits, or they have no such images or classes.
     """
     splits = load_rows(config, accelerator)
     samples = make_samples(config, vqgan, splits[config.train_split], preferred=FORMS)
@@ -77,7 +79,10 @@ def load_samples(
     split = find_validation_split(splits, TrainingOptions.of(config.dataset_name, config)) or config.train_split
     rows = splits[split].select(range(min(len(splits[split]), config.likelihood_images)))
     central = dataclasses.replace(config, center_crop=True, random_flip=False)
-    return samples, HeldOut(split, make_samples(central, vqgan, rows, preferred=FORMS))
+    try:
+        return samples, HeldOut(split, make_samples(central, vqgan, rows, preferred=FORMS))
+    except ValueError as error:  # say, classes that a test split keeps to itself
+        raise ValueError(f"split {split!r}, whose likelihood is to be measured: {error} {INSTEAD}") from error
 
 
 class TokenTask(GeneratorTask):
@@ -209,18 +214,17 @@ def check_held_out(config: TokenTrainingConfig, samples: LatentSamples, held_out
     Raises:
         ValueError: if what is held out has another grid or more classes than the training samples.
     """
-    instead = "Choose another --validation_split, or --likelihood_images 0."
     shape, found = (grid_shape(config, part, vqgan) for part in (samples, held_out.samples))
     if found != shape:
         raise ValueError(
             f"{config.dataset_name!r} has tokens of shape {shape} in split {config.train_split!r} and {found} in "
-            f"{held_out.split!r}. {instead}"
+            f"{held_out.split!r}. {INSTEAD}"
         )
     largest = max(held_out.samples.labels or [0])
     if samples.classes and largest not in samples.classes:
         raise ValueError(
             f"{config.class_column!r} goes up to {largest} in split {held_out.split!r}, but {config.train_split!r} has "
-            f"{len(samples.classes)} classes. {instead}"
+            f"{len(samples.classes)} classes. {INSTEAD}"
         )
 
 

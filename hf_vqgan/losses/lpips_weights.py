@@ -121,7 +121,8 @@ def load_trunk_weights(net: str, path: str | None = None) -> dict[str, Tensor]:
         + "\n".join(failures)
         + f'\nOn a machine with internet access, run `python -c "import torchvision; '
         f"torchvision.models.{network.torchvision_name}(weights='IMAGENET1K_V1')\"`, copy the file it names here, and "
-        "pass its path (--perceptual_weights_path). Or train without this loss: --perceptual_weight 0."
+        "pass its path (--perceptual_weights_path). Without the loss (--perceptual_weight 0), validation still needs "
+        "the network of --validation_net; the file serves both if --perceptual_net names the same one."
     )
 
 

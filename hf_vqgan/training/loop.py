@@ -170,7 +170,7 @@ def count_bad_images(state: RunState, micro_batches: list[dict]) -> None:
                 logger.warning("skipped an unreadable image: %s", reason)
             state.unreadable_images[name] = None
     if upscaled and not state.upscaled and main:
-        logger.warning("Some images are smaller than resolution=%d and are enlarged.", config.resolution)
+        logger.warning("Some images are smaller than the crops and are enlarged.")
     state.unreadable += unreadable
     state.upscaled += upscaled
     seen = state.step * state.global_batch

@@ -1,7 +1,6 @@
 """What a tokenizer's training run is set up from: images, networks, optimizers and schedules."""
 
 import copy
-from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -19,7 +18,7 @@ from ..data.datasets import (
 )
 from ..data.images import TrainingOptions, load_image_datasets, load_train_images
 from ..data.streams import StreamedImages, load_image_stream
-from ..files.sources import check_source
+from ..files.sources import check_model_folder
 from ..losses.discriminators import DINODiscriminator, PatchDiscriminator, StyleGANDiscriminator
 from ..losses.image_losses import LPIPS
 from ..losses.regularizers import FeatureAlignment
@@ -40,12 +39,7 @@ def check_model(config: VQGANTrainingConfig, model_config: VQGANConfig) -> None:
         FileNotFoundError, ConnectionError: if `init_from` cannot be had.
     """
     if config.init_from is not None:
-        check_source(config.init_from)
-        if Path(config.init_from).exists() and not (Path(config.init_from) / "config.json").is_file():
-            raise FileNotFoundError(
-                f"init_from={config.init_from!r} has no config.json, so it is not a model's folder. A run's model is "
-                "in the run's own folder, not in its checkpoints; for other projects' files, see docs/checkpoints.md."
-            )
+        check_model_folder(config.init_from)
     if model_config.encoder_only:
         raise ValueError("encoder_only=True: a model without a decoder reconstructs nothing, so it cannot be trained.")
     for name in ("in_channels", "out_channels"):

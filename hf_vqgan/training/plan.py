@@ -6,6 +6,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from .run_folder import RunFolder
 from .task import Task
 
 
@@ -16,16 +17,18 @@ def format_plan(lines: dict[str, str]) -> str:
 def rehearse(task: Task, steps: int = 3) -> str:
     """
     Take a few steps with everything on that would start later, evaluate once, and see whether `output_dir` can be
-    written to. Nothing is left but the changed state of the task.
+    written to and is this run's. Nothing is left but the changed state of the task.
 
     Returns:
         A line that says so, and how long the run will take.
 
     Raises:
-        OSError: if the folder cannot be written to.
+        OSError: if the folder cannot be written to, or holds another run (FileExistsError).
+        ValueError: if what it holds of this run is damaged.
         FloatingPointError: if a loss or gradient is not finite.
     """
     config, accelerator = task.state.config, task.state.accelerator
+    RunFolder(config, task.model_config, accelerator).check()
     check_writable(Path(config.output_dir))
     seconds = []
     with contextlib.closing(task.batches(steps)) as loader:

@@ -49,6 +49,8 @@ MANIFEST_FILE = "manifest.json"
 LOCK_FILE = ".lock"
 REPLACED = ".replaced"  # a subfolder: what is in it is being deleted
 NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)  # what file systems without locks answer
+NAMED_SETTINGS = 10  # of those in which runs differ
+MODEL_SOURCES = ("vqgan", "init_from", "alignment_model")  # settings that may name a folder with a model
 LOCK_PATIENCE = 10.0  # seconds in which the data loaders of a process that was killed have ended
 
 # What runs, trackers and evaluations write at the top of a run's folder: what --overwrite_output_dir may delete.
@@ -109,38 +111,89 @@ class RunFolder:
 
         Raises:
             FileExistsError: if the folder holds a run with other settings (it names them) or, where it is to be
-                deleted, other things than a run; or if another process is at work in it.
+                deleted, other things than a run, or a model that this run needs; or if another process is at work in
+                it.
             FileNotFoundError: if `resume_from_checkpoint` names nothing.
             ValueError: if the checkpoint it names, or every one in the folder, is damaged, or training_config.yaml is.
         """
         return self._on_main(self._claim)
 
+    def check(self) -> None:
+        """Raise what `open` would, except for another process that is at work in the folder, and write nothing."""
+        self._on_main(self._check)
+
     def _claim(self) -> Path | None:
-        asked = self.config.resume_from_checkpoint
-        given = None if asked in (None, "latest") else Path(asked)
-        if given is not None:
-            _check_checkpoint(given)
+        asked, given = self.config.resume_from_checkpoint, self._given_checkpoint()
         self._refuse_what_is_no_run()
         self._acquire_lock()
         if (self.folder / REPLACED).is_dir():  # a process that was killed meanwhile has left the rest to us
             self._delete_run()
-        goes_on = asked == "latest" or (given is not None and given.resolve().parent == self.folder.resolve())
-        differing = self._find_differing(forgiving=goes_on)
+        differing, goes_on = self._compare(given)
         if differing and goes_on:
             print(f"Going on with the run in {self.folder} in spite of other settings: {', '.join(differing)}.")
-        elif differing and self.config.overwrite_output_dir:
-            self._delete_run()
         elif differing:
-            raise FileExistsError(
-                f"{self.folder} holds another run; it differs in: {', '.join(differing)}. Choose another "
-                "--output_dir, or replace that run with --overwrite_output_dir."
-            )
+            self._delete_run()
         checkpoint = given or self._latest_whole()
         if asked == "latest" and checkpoint is None:
             print(f"--resume_from_checkpoint latest: no checkpoint in {self.folder} yet, so this is a new run.")
         if checkpoint is None:  # else once it is loaded: one that does not fit leaves the run that is there as it was
             self._write_settings()
         return checkpoint
+
+    def _check(self) -> None:
+        given = self._given_checkpoint()
+        self._refuse_what_is_no_run()
+        if (self.folder / REPLACED).is_dir():  # the rest of a run whose deletion was interrupted: no run
+            return
+        differing, goes_on = self._compare(given)
+        if given is None and (goes_on or not differing):
+            self._latest_whole()
+
+    def _given_checkpoint(self) -> Path | None:
+        """The checkpoint folder that `resume_from_checkpoint` names, if it names one, whole."""
+        asked = self.config.resume_from_checkpoint
+        if asked in (None, "latest"):
+            return None
+        _check_checkpoint(Path(asked))
+        return Path(asked)
+
+    def _compare(self, given: Path | None) -> tuple[list[str], bool]:
+        """
+        The settings in which the run in the folder differs, and whether this one is to go on with it all the same. If
+        not, it is to be deleted.
+
+        Raises:
+            FileExistsError: if it may not be deleted.
+        """
+        in_folder = given is not None and given.resolve().parent == self.folder.resolve()
+        goes_on = self.config.resume_from_checkpoint == "latest" or in_folder
+        differing = self._find_differing(forgiving=goes_on)
+        if differing and not goes_on:
+            if not self.config.overwrite_output_dir:
+                more = f" and {len(differing) - NAMED_SETTINGS} more" if len(differing) > NAMED_SETTINGS else ""
+                raise FileExistsError(
+                    f"{self.folder} holds another run; it differs in: {', '.join(differing[:NAMED_SETTINGS])}{more}. "
+                    "Choose another --output_dir, or replace that run with --overwrite_output_dir."
+                )
+            self._refuse_to_delete_sources()
+        return differing, goes_on
+
+    def _refuse_to_delete_sources(self) -> None:
+        """
+        Raises:
+            FileExistsError: if a model that this run starts from is part of the run that is to be deleted.
+        """
+        folder = self.folder.resolve()
+        for name in MODEL_SOURCES:
+            source = getattr(self.config, name, None)
+            path = Path(source).resolve() if source else None
+            if path is None or not path.is_relative_to(folder):
+                continue
+            if path == folder or _is_written(path.relative_to(folder).parts[0]):
+                raise FileExistsError(
+                    f"--overwrite_output_dir would delete --{name} {source}, which this run needs. Choose another "
+                    "--output_dir."
+                )
 
     def _refuse_what_is_no_run(self) -> None:
         """
@@ -357,8 +410,12 @@ class RunFolder:
             write_text(self.folder / LOG_FILE, "".join(json.dumps(row) + "\n" for row in rows))
 
     def write_metrics(self, metrics: dict) -> None:
+        """metrics.json, without numbers that are not finite, as in log.jsonl: say, the loss of a last step skipped."""
         if self.accelerator.is_main_process:
-            write_text(self.folder / METRICS_FILE, json.dumps(metrics, indent=2) + "\n")
+            known = {
+                name: value for name, value in metrics.items() if not isinstance(value, float) or math.isfinite(value)
+            }
+            write_text(self.folder / METRICS_FILE, json.dumps(known, indent=2, allow_nan=False) + "\n")
 
     @property
     def has_metrics(self) -> bool:

@@ -18,7 +18,7 @@ def build_accelerator(config) -> Accelerator:
     """
     Raises:
         ValueError: for a launch that shards or splits the networks; the step needs each of them whole. For fp16 on a
-            device for which Accelerate does without it.
+            device for which Accelerate does without it. For a tracker that is not installed, likewise.
     """
     accelerator = Accelerator(
         mixed_precision=config.mixed_precision,
@@ -29,6 +29,8 @@ def build_accelerator(config) -> Accelerator:
     check_distributed_type(accelerator.distributed_type)
     if config.mixed_precision == "fp16" and not accelerator.native_amp:
         raise ValueError(f"mixed_precision='fp16' does not work on device {accelerator.device.type}: take bf16 or no.")
+    if config.report_to not in (None, "all") and not accelerator.log_with:
+        raise ValueError(f"report_to={config.report_to!r}: its package is not installed here. Install it, or leave it.")
     share_cpu_threads(config, accelerator)
     return accelerator
 
