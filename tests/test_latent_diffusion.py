@@ -517,6 +517,7 @@ def test_bad_settings_write_nothing(tmp_path, vqgan, labelled, fields, message):
         ({"label_dropout": 1.5}, r"label_dropout=1.5 must be in \[0, 1\]"),
         ({"objective": "score"}, "objective='score' must be one of"),
         ({"sample_steps": 0}, "sample_steps=0 must be at least 1"),
+        ({"objective": "ddpm", "sample_inference_steps": 1001}, "1001: with objective='ddpm' there are 1000"),
     ],
 )
 def test_bad_configs(fields, message):
