@@ -198,6 +198,7 @@ def test_two_processes_encode_the_same_dataset(tmp_path, labelled, vqgan):
 def test_bad_encodings(tmp_path, labelled, vqgan, fields, message):
     with pytest.raises(ValueError, match=message):
         encode_dataset(vqgan, labelled, tmp_path / "out", encoding(**fields))
+    assert not (tmp_path / "out").exists()  # or the mended command would be refused it, as it has other settings
 
 
 def test_bad_encoding_configs():
