@@ -198,6 +198,7 @@ def test_two_processes_encode_the_same_dataset(tmp_path, labelled, vqgan):
 def test_bad_encodings(tmp_path, labelled, vqgan, fields, message):
     with pytest.raises(ValueError, match=message):
         encode_dataset(vqgan, labelled, tmp_path / "out", encoding(**fields))
+    assert not (tmp_path / "out").exists()  # or the mended command would be refused it, as it has other settings
 
 
 def test_bad_encoding_configs():
@@ -517,6 +518,7 @@ def test_bad_settings_write_nothing(tmp_path, vqgan, labelled, fields, message):
         ({"label_dropout": 1.5}, r"label_dropout=1.5 must be in \[0, 1\]"),
         ({"objective": "score"}, "objective='score' must be one of"),
         ({"sample_steps": 0}, "sample_steps=0 must be at least 1"),
+        ({"objective": "ddpm", "sample_inference_steps": 1001}, "1001: with objective='ddpm' there are 1000"),
     ],
 )
 def test_bad_configs(fields, message):

@@ -131,6 +131,7 @@ def test_killed_run_ends_as_an_uninterrupted_one(trainer, tmp_path):
         patch.setattr("hf_vqgan.training.loop.count_bad_images", after_step(5, raise_interrupt))
         with pytest.raises(KeyboardInterrupt):
             trainer.run(tmp_path / "killed")
+    assert not hf_vqgan.training.loop.tqdm._instances  # closed, or the error would be written into its line
     assert sorted(path.name for path in (tmp_path / "killed").glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
     resumed = trainer.run(tmp_path / "killed")
     assert_same_run(trainer, tmp_path / "whole", tmp_path / "killed")

@@ -167,7 +167,7 @@ def test_held_out_and_limited_images(tmp_path):
     assert sorted(values(load_batches(StreamedImages([shards], PLAIN), 3, stop=1))) == [7, 8, 9]
     limited, _ = load_image_stream(TrainingOptions(str(tmp_path / "*.tar"), validation_size=2, max_train_samples=4))
     assert sorted(values(load_batches(StreamedImages([limited], PLAIN), 4, stop=1))) == [2, 3, 4, 5]
-    with pytest.raises(ValueError, match="has no image to train on"):
+    with pytest.raises(ValueError, match="no image to train on, as the first 64 are held out for validation"):
         load_image_stream(TrainingOptions(str(tmp_path)))
     with pytest.raises(ValueError, match="'cls' is not an image column; image columns: jpg"):
         load_image_stream(TrainingOptions(str(tmp_path), image_column="cls"))

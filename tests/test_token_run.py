@@ -231,11 +231,20 @@ LARGER = [[0] * 3] * 3
         ({"train": {"indices": [GRID], "label": [0]}, "test": {"indices": [GRID], "label": [-1]}},
          r"split 'test', whose likelihood .* with -1 in row 0: .* Choose another --validation_split"),
         ({"train": {"indices": [GRID] * 2, "label": [0, 10**9]}}, "with 1000000000 in row 1: .* below 1,000,000"),
+        ({"train": {"latents": ["text"], "label": [0]}}, "row 0 have no numbers of one shape; expected"),
+        ({"train": {"latents": [[0.5]], "label": [0]}}, r"row 0 have shape \(1,\); expected \(D, h, w\)"),
     ],
-    ids=["codes", "wide", "channels", "grids", "classes", "unlabelled", "ids"],
+    ids=["codes", "wide", "channels", "grids", "classes", "unlabelled", "ids", "text", "flat"],
 )  # fmt: skip
 def test_encodings_that_do_not_fit_are_refused_at_once(tmp_path, vqgan, splits, message):
     dataset = write_rows(tmp_path / "encoded", **copy.deepcopy(splits))
     with pytest.raises(ValueError, match=message):
         train_token_model(settings(vqgan, dataset, tmp_path / "run"))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("row, found", [(WIDE, r"shape \(2, 3\)"), (None, "no numbers of one shape")])
+def test_a_later_row_that_does_not_fit_is_named(tmp_path, vqgan, row, found):
+    dataset = write_rows(tmp_path / "encoded", train={"indices": [GRID, row], "label": [0, 0]})
+    with pytest.raises(ValueError, match=rf"encoded': indices in row 1 have {found}; expected \(h, w\) or"):
+        train_token_model(settings(vqgan, dataset, tmp_path / "run"))

@@ -89,7 +89,9 @@ def load_image_stream(
         raise ValueError(f"dataset {name!r}: split {validation_split or train_split!r} is empty.")
     shards = [replace(shard, limit=limit) for shard in shards]
     if not any(True for shard in shards for _ in itertools.islice(shard.read(), 1)):
-        raise ValueError(f"dataset {name!r}: split {train_split!r} has no image to train on.")
+        held_out = f", as the first {options.validation_size} are held out for validation"
+        why = held_out if hold_out and validation_split is None else ""
+        raise ValueError(f"dataset {name!r}: split {train_split!r} has no image to train on{why}.")
     return shards, validation
 
 

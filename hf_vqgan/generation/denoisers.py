@@ -19,6 +19,8 @@ from ..files.options import check_values, option
 from ..pipelines import predict
 from .generator import GeneratorOptions
 
+DDPM_STEPS = 1000  # of noise; sampling takes at most as many
+
 
 @dataclass
 class DenoiserOptions:
@@ -62,6 +64,10 @@ class LatentDiffusionConfig(ObjectiveOptions, DenoiserOptions, GeneratorOptions)
 
     def __post_init__(self):
         check_values(self)
+        if self.objective == "ddpm" and self.sample_inference_steps > DDPM_STEPS:
+            raise ValueError(
+                f"sample_inference_steps={self.sample_inference_steps}: with objective='ddpm' there are {DDPM_STEPS}."
+            )
 
 
 def build_denoiser(config: LatentDiffusionConfig, channels: int, side: int, num_classes: int) -> nn.Module:
@@ -117,6 +123,7 @@ def build_schedulers(config: LatentDiffusionConfig):
     if config.objective == "flow_matching":
         return (FlowMatchEulerDiscreteScheduler(shift=config.flow_shift) for _ in range(2))
     training = DDPMScheduler(
+        num_train_timesteps=DDPM_STEPS,
         beta_schedule="squaredcos_cap_v2",
         prediction_type=config.prediction_type,
         clip_sample=False,  # latents are not confined to [-1, 1]

@@ -92,6 +92,8 @@ def encode_dataset(model_name: str, dataset_name: str, out: str | Path, config: 
         splits = options.load_splits()
     check_splits(splits, dataset_name, *config.splits)
     splits = {name: splits[name] for name in config.splits or splits}
+    for rows in splits.values():  # before the folder is claimed: the mended command has other settings
+        find_image_column(rows, dataset_name, config.image_column)
 
     if accelerator.is_main_process:
         _claim(out, _settings(model, splits, options, config))

@@ -65,6 +65,8 @@ class LatentSamples(Dataset):
             self.items = TrainingImages(only_image_column(rows, dataset_name, image_column), transform, seed)
         else:
             self.items = rows.select_columns([self.kind]).with_format("torch")
+            self.dataset_name = dataset_name
+            self.shape = getattr(self.items[0][self.kind], "shape", None)
 
     def __len__(self) -> int:
         return len(self.items)
@@ -72,11 +74,24 @@ class LatentSamples(Dataset):
     def __getitem__(self, number: int) -> dict[str, Any]:
         row = number % len(self)
         # TrainingImages counts epochs itself, and puts the next readable image in an unreadable one's place.
-        item = self.items[number if self.kind == "pixel_values" else row]
+        item = self.items[number] if self.kind == "pixel_values" else self._encoded(row)
         row = item.get("row", row)
         label = self.labels[row] if self.labels is not None else 0
         found = {name: item.get(name, default) for name, default in READ_WITHOUT_TROUBLE.items()}
         return {"number": number, "label": label, self.kind: item[self.kind]} | found
+
+    def _encoded(self, row: int) -> dict[str, Tensor]:
+        item = self.items[row]
+        shape = getattr(item[self.kind], "shape", None)  # of ragged lists, text and nothing: none
+        dimensions = (3,) if self.kind == "latents" else (2, 3)
+        if shape is None or shape != self.shape or len(shape) not in dimensions:
+            found = "no numbers of one shape" if shape is None else f"shape {tuple(shape)}"
+            expected = "(D, h, w)" if self.kind == "latents" else "(h, w) or (h, w, n)"
+            raise ValueError(
+                f"{self.dataset_name!r}: {self.kind} in row {row} have {found}; expected {expected}, the same in every "
+                "row. Encode the dataset with `hf-vqgan encode`."
+            )
+        return item
 
     def batch_keys(
         self, batch_size: int, start: int = 0, stop: int | None = None, rank: int = 0, world_size: int = 1

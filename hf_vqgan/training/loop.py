@@ -71,8 +71,8 @@ def run_task(task: Task, dry_run: bool = False) -> dict[str, float]:
         # them.
         task.prepare()
         loader = task.batches(config.max_train_steps)
-        with PreemptionNotice(accelerator) as notice, contextlib.closing(loader):
-            take_steps(task, run, WaitClock(loader), notice)
+        with PreemptionNotice(accelerator) as notice, contextlib.closing(loader), progress_bar(state) as progress:
+            take_steps(task, run, WaitClock(loader), notice, progress)
         if state.unreadable or state.upscaled:
             accelerator.print(describe_bad_images(state))
         metrics = run.read_metrics()
@@ -81,13 +81,16 @@ def run_task(task: Task, dry_run: bool = False) -> dict[str, float]:
         return metrics
 
 
-def take_steps(task: Task, run: RunFolder, loader: WaitClock, notice: PreemptionNotice) -> None:
+def progress_bar(state: RunState) -> tqdm:
+    """To be closed whatever ends the steps, so that what is said of it gets a line of its own."""
+    total, silent = state.config.max_train_steps, not state.accelerator.is_main_process
+    return tqdm(total=total, initial=state.step, desc="train", disable=silent)
+
+
+def take_steps(task: Task, run: RunFolder, loader: WaitClock, notice: PreemptionNotice, progress: tqdm) -> None:
     """The steps from `state.step` to the last, with what happens between them."""
     state = task.state
     config, accelerator = state.config, state.accelerator
-    progress = tqdm(
-        total=config.max_train_steps, initial=state.step, desc="train", disable=not accelerator.is_main_process
-    )
     started = time.perf_counter() - state.seconds
     while state.step < config.max_train_steps:
         progress.set_description(task.phase, refresh=False)
@@ -113,11 +116,9 @@ def take_steps(task: Task, run: RunFolder, loader: WaitClock, notice: Preemption
             run.save_checkpoint(state.step, task.checkpoint_parts(), task.save_model)
         if preempted:
             by = notice.name or "notice to another process"
-            progress.close()
             raise Preempted(f"stopped by {by}: saved step {state.step}.", notice.exit_code)
         if saving:
             push(task, run)
-    progress.close()
 
 
 def log_row(task: Task, output: StepOutput) -> dict[str, float]:
