@@ -1,6 +1,7 @@
 """A run from its command to what it leaves behind, and everything that can interrupt it."""
 
 import dataclasses
+import errno
 import json
 import math
 import multiprocessing
@@ -506,11 +507,18 @@ def test_dry_run_in_fp16_passes_over_the_steps_that_find_the_scale(
     assert hf_vqgan.training.plan.rehearse(task).startswith("OK: ")
 
 
-def test_dry_run_tries_whether_the_folder_can_be_written_to(image_folder, random_trunk, tmp_path, tiny):
+def test_dry_run_tries_whether_the_folder_can_be_written_to(image_folder, random_trunk, tmp_path, tiny, monkeypatch):
     (tmp_path / "file").write_text("")
     config = run_config(image_folder, random_trunk, tmp_path / "file" / "run")
-    with pytest.raises(OSError, match="output_dir='.*file/run' cannot be written to: .*file: Not a directory"):
+    with pytest.raises(FileExistsError, match="output_dir .*file/run cannot be made: .*file is a file. Choose another"):
         train(config, tiny, dry_run=True)
+
+    def refuse(dir):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr("hf_vqgan.training.plan.tempfile.TemporaryFile", refuse)
+    with pytest.raises(OSError, match="output_dir='.*new/run' cannot be written to: .*: Permission denied"):
+        train(dataclasses.replace(config, output_dir=str(tmp_path / "new" / "run")), tiny, dry_run=True)
 
 
 @pytest.mark.parametrize(
