@@ -59,7 +59,7 @@ def shards(tmp_path):
 @pytest.mark.parametrize("buffer_size", [1, 7, 100])
 def test_every_pass_has_every_image_once_in_an_order_of_its_own(buffer_size):
     lengths = {}
-    shards = ShuffledShards(numbered_shards(9, 0, 30, 1), "seed", buffer_size, lengths)
+    shards = ShuffledShards(numbered_shards(9, 0, 30, 1), 0, "shards", buffer_size, lengths)
     passes = [list(itertools.islice(shards.read(40 * number), 40)) for number in range(3)]
     assert all(sorted(images) == list(range(40)) for images in passes)
     assert buffer_size == 1 or passes[0] != passes[1] != passes[2]  # 1: only the shards are shuffled
@@ -69,17 +69,17 @@ def test_every_pass_has_every_image_once_in_an_order_of_its_own(buffer_size):
 @pytest.mark.parametrize("buffer_size", [1, 7, 100])
 def test_reading_starts_anywhere_whether_lengths_are_known_or_not(buffer_size):
     sizes = (9, 0, 30, 1)
-    whole = list(itertools.islice(ShuffledShards(numbered_shards(*sizes), "s", buffer_size, {}).read(), 150))
+    whole = list(itertools.islice(ShuffledShards(numbered_shards(*sizes), 0, "s", buffer_size, {}).read(), 150))
     known = dict(enumerate(sizes))
     for start in range(0, 130, 3):
         for lengths in ({}, dict(known), {2: 30}):
-            late = ShuffledShards(numbered_shards(*sizes), "s", buffer_size, lengths).read(start)
+            late = ShuffledShards(numbered_shards(*sizes), 0, "s", buffer_size, lengths).read(start)
             assert list(itertools.islice(late, 20)) == whole[start : start + 20]
 
 
 def test_finding_a_place_reads_little_when_lengths_are_known():
     parts = numbered_shards(*[100] * 50)
-    next(ShuffledShards(parts, "s", 10, dict.fromkeys(range(50), 100)).read(3 * 5000 + 4321))
+    next(ShuffledShards(parts, 0, "s", 10, dict.fromkeys(range(50), 100)).read(3 * 5000 + 4321))
     assert sum(part.reads for part in parts) <= 300  # of 4,321: one or two shards and what the buffer held
 
 

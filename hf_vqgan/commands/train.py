@@ -13,20 +13,13 @@ the recipes. The same command again resumes.
 
 from ..configuration_vqgan import VQGANConfig
 from ..files.sources import check_model_folder
-from ..training.arguments import ModelArguments, RecipeParser, errors_in_one_line, given
+from ..training.arguments import ModelArguments, RecipeParser, errors_in_one_line, given, training_parser
 from ..training.configuration import VQGANTrainingConfig
 from ..training.tokenizer import train
 
 
 def make_parser() -> RecipeParser:
-    parser = RecipeParser(
-        (VQGANTrainingConfig, ModelArguments),
-        default_recipe="quickstart",
-        description=__doc__,
-        usage="%(prog)s [--flag value ...]",
-    )
-    parser.add_argument("--dry_run", action="store_true", help="Check everything, print the plan, train nothing.")
-    return parser
+    return training_parser((VQGANTrainingConfig, ModelArguments), __doc__, default_recipe="quickstart")
 
 
 def main() -> None:

@@ -12,13 +12,11 @@ hf_vqgan/generation/denoisers.py, overridden by a recipe (--config), by flags. T
 
 from ..generation.denoisers import LatentDiffusionConfig
 from ..generation.diffusion import train_latent_diffusion
-from ..training.arguments import RecipeParser, errors_in_one_line
+from ..training.arguments import RecipeParser, errors_in_one_line, training_parser
 
 
 def make_parser() -> RecipeParser:
-    parser = RecipeParser((LatentDiffusionConfig,), description=__doc__, usage="%(prog)s [--flag value ...]")
-    parser.add_argument("--dry_run", action="store_true", help="Check everything, print the plan, train nothing.")
-    return parser
+    return training_parser((LatentDiffusionConfig,), __doc__)
 
 
 def main() -> None:

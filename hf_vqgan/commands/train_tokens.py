@@ -12,13 +12,11 @@ of `accelerate launch`, such as --num_processes, are taken, too.
 
 from ..generation.token_models import TokenTrainingConfig
 from ..generation.tokens import train_token_model
-from ..training.arguments import RecipeParser, errors_in_one_line
+from ..training.arguments import RecipeParser, errors_in_one_line, training_parser
 
 
 def make_parser() -> RecipeParser:
-    parser = RecipeParser((TokenTrainingConfig,), description=__doc__, usage="%(prog)s [--flag value ...]")
-    parser.add_argument("--dry_run", action="store_true", help="Check everything, print the plan, train nothing.")
-    return parser
+    return training_parser((TokenTrainingConfig,), __doc__)
 
 
 def main() -> None:

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, default_collate
 from torchvision.transforms import v2
 
 from ..image_processing_vqgan import check_aspect_ratio, crop_to_multiple, to_rgb
+from .randomness import rng, torch_rng
 
 logger = logging.getLogger(__name__)
 
@@ -112,14 +113,14 @@ class ImageTransform:
         pixels = v2.functional.pil_to_tensor(image)
         return v2.functional.resize(pixels, [side], interpolation=v2.InterpolationMode.BICUBIC, antialias=True)
 
-    def crop(self, pixels: Tensor, rng: random.Random) -> Tensor:
+    def crop(self, pixels: Tensor, draws: random.Random) -> Tensor:
         """uint8 `(3, H, W)` to float `(3, resolution, resolution)` in [-1, 1]."""
         if self.center_crop:
             pixels = v2.functional.center_crop(pixels, [self.resolution] * 2)
         else:
-            top, left = (rng.randint(0, side - self.resolution) for side in pixels.shape[1:])
+            top, left = (draws.randint(0, side - self.resolution) for side in pixels.shape[1:])
             pixels = v2.functional.crop(pixels, top, left, self.resolution, self.resolution)
-        if self.random_flip and rng.random() < 0.5:
+        if self.random_flip and draws.random() < 0.5:
             pixels = v2.functional.horizontal_flip(pixels)
         return to_pixel_values(pixels)
 
@@ -146,7 +147,7 @@ class TrainingImages(torch.utils.data.Dataset):
     `row` is the number of the image shown. An image smaller than the crop is enlarged, and `upscaled` is 1.
 
     Args:
-        name (`str`): In names of images, tells this set from others.
+        name (`str`): Tells this set from others, in names of images and in what is random.
         crops_per_image (`int`): Items per image and epoch: small sets of large images are worth several crops.
         cache_bytes (`int`): Keep up to this many bytes of decoded and scaled images, per data-loading process.
     """
@@ -173,7 +174,7 @@ class TrainingImages(torch.utils.data.Dataset):
 
     def keys(self, start: int) -> Iterator[int]:
         """What to look up for the samples from the `start`-th on, without end."""
-        return shuffled_epochs(len(self), self.seed, start)
+        return shuffled_epochs(len(self), self.seed, start, self.name)
 
     def batch_keys(
         self, batch_size: int, start: int = 0, stop: int | None = None, rank: int = 0, world_size: int = 1
@@ -191,7 +192,7 @@ class TrainingImages(torch.utils.data.Dataset):
             except UnreadableImage as error:
                 skipped[error.name] = str(error)
                 continue
-            crop = self.transform.crop(pixels, random.Random(f"{self.seed} {number}"))
+            crop = self.transform.crop(pixels, rng(self.seed, f"{self.name}crop", number))
             counts = {"unreadable": int(bool(skipped)), "upscaled": int(upscaled)}
             return {"pixel_values": crop, "row": row, "skipped": skipped, **counts}
         raise UnreadableImage(
@@ -221,14 +222,14 @@ class Mixture:
         ValueError: for weights that are not positive, or too small for one sample per block.
     """
 
-    def __init__(self, weights: Sequence[float], seed: int = 0, block_size: int = 1000):
+    def __init__(self, weights: Sequence[float], seed: int = 0, purpose: str = "mixture", block_size: int = 1000):
         if not all(0 < weight < float("inf") for weight in weights):
             raise ValueError(f"dataset_weights={list(weights)} must all be positive.")
         edges = [round(block_size * part / sum(weights)) for part in itertools.accumulate(weights)]
         self.quotas = [edge - before for before, edge in zip([0, *edges], edges, strict=False)]
         if 0 in self.quotas:
             raise ValueError(f"dataset_weights={list(weights)}: none may be below 1/{block_size} of their sum.")
-        self.edges, self.seed, self.block_size = edges, seed, block_size
+        self.edges, self.seed, self.purpose, self.block_size = edges, seed, purpose, block_size
 
     def draw(self, start: int, open_source: Callable[[int, int], Iterator]) -> Iterator[tuple]:
         """
@@ -245,7 +246,7 @@ class Mixture:
                 yield source, next(items[source])
 
     def _plan(self, block: int) -> list[int]:
-        slots = random.Random(f"mixture {self.seed} {block}").sample(range(self.block_size), self.block_size)
+        slots = rng(self.seed, self.purpose, block).sample(range(self.block_size), self.block_size)
         return [bisect.bisect(self.edges, slot) for slot in slots]
 
 
@@ -290,23 +291,23 @@ def map_style_images(
     if weights is None:
         return TrainingImages(datasets.concatenate_datasets(sources), transform, seed, crops_per_image)
     images = [
-        TrainingImages(source, transform, seed + n, crops_per_image, name=f"dataset {n + 1}, ")
-        for n, source in enumerate(sources)
+        TrainingImages(source, transform, seed, crops_per_image, name=f"dataset {number}, ")
+        for number, source in enumerate(sources, start=1)
     ]
     return MixedImages(images, weights, seed)
 
 
-def shuffled_epochs(num_samples: int, seed: int, start: int = 0) -> Iterator[int]:
+def shuffled_epochs(num_samples: int, seed: int, start: int = 0, name: str = "") -> Iterator[int]:
     """
     Sample numbers from the `start`-th on, epoch after epoch without a seam: `epoch * num_samples + item`.
 
-    Every epoch is a permutation of its own, a function of (seed, epoch). Starting late costs nothing and gives what an
-    uninterrupted run would have seen.
+    Every epoch is a permutation of its own, a function of (seed, name of the set, epoch). Starting late costs nothing
+    and gives what an uninterrupted run would have seen.
     """
     while True:
         epoch, offset = divmod(start, num_samples)
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-        for item in torch.randperm(num_samples, generator=generator)[offset:].tolist():
+        order = torch.randperm(num_samples, generator=torch_rng(seed, f"{name}order", epoch))
+        for item in order[offset:].tolist():
             yield epoch * num_samples + item
         start = (epoch + 1) * num_samples
 

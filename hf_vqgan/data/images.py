@@ -12,12 +12,14 @@ import glob
 import importlib.util
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import datasets
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -150,7 +152,7 @@ class SplitImages:
     def squares(self) -> "CentralSquares":
         options = self.options
         images = only_image_column(self.rows, options.dataset_name, options.image_column)
-        return CentralSquares(images, options.transform())
+        return CentralSquares.of_rows(images, options.transform())
 
 
 @dataclass
@@ -184,22 +186,33 @@ class SquareBatch:
 
 class CentralSquares(torch.utils.data.Dataset):
     """
-    The central squares of rows of images, in their order.
+    The central squares of images by row.
 
     Args:
-        images (`datasets.Dataset`): With one column `image` of undecoded files, as `only_image_column` gives it.
-        first_row (`int`): For names of unreadable images: where in the split a part of it begins.
+        open_image (`Callable[[int], Image.Image]`): The upright RGB image of a row; raises `UnreadableImage`.
+        count (`int`): How many rows there are.
     """
 
-    def __init__(self, images: datasets.Dataset, transform: ImageTransform, first_row: int = 0):
-        self.images, self.transform, self.first_row = images, transform, first_row
+    def __init__(self, open_image: Callable[[int], Image.Image], count: int, transform: ImageTransform):
+        self.open_image, self.count, self.transform = open_image, count, transform
+
+    @classmethod
+    def of_rows(cls, images: datasets.Dataset, transform: ImageTransform, first_row: int = 0) -> "CentralSquares":
+        """
+        The squares of a dataset's rows.
+
+        Args:
+            images (`datasets.Dataset`): With one column `image` of undecoded files, as `only_image_column` gives it.
+            first_row (`int`): For names of unreadable images: where in the split a part of it begins.
+        """
+        return cls(partial(_open_row, images, first_row), len(images), transform)
 
     def __len__(self) -> int:
-        return len(self.images)
+        return self.count
 
     def __getitem__(self, row: int) -> Square:
         try:
-            image = decode_image(self.images[row]["image"], row_of(self.images, row, self.first_row))
+            image = self.open_image(row)
         except UnreadableImage as error:
             return Square(row, error=str(error))
         return Square(row, self.transform.central_square(image), min(image.size) < self.transform.resolution)
@@ -211,11 +224,9 @@ class CentralSquares(torch.utils.data.Dataset):
         Batches of `batch_size` rows, less the unreadable ones, which are named in a warning; process `rank` gets every
         `world_size`-th.
         """
-        rows = list(range(len(self)))
-        batches = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
         loader = DataLoader(
             self,
-            batch_sampler=batches[rank::world_size],
+            batch_sampler=cut_into_batches(len(self), batch_size, rank, world_size),
             num_workers=num_workers,
             collate_fn=list,
             generator=torch.Generator(),  # the loader draws a number: not from the caller's generator
@@ -232,6 +243,16 @@ class CentralSquares(torch.utils.data.Dataset):
     def read_all(self) -> SquareBatch | None:
         """All that can be read, at once; `None` if nothing can."""
         return next(self.batches(len(self)), None)
+
+
+def cut_into_batches(count: int, batch_size: int, rank: int = 0, world_size: int = 1) -> list[list[int]]:
+    """The numbers below `count` in batches, of which process `rank` gets every `world_size`-th."""
+    batches = [list(range(start, min(start + batch_size, count))) for start in range(0, count, batch_size)]
+    return batches[rank::world_size]
+
+
+def _open_row(images: datasets.Dataset, first_row: int, row: int) -> Image.Image:
+    return decode_image(images[row]["image"], row_of(images, row, first_row))
 
 
 def open_images(options: ImageOptions) -> SplitImages:
@@ -258,7 +279,7 @@ def open_images(options: ImageOptions) -> SplitImages:
     check_splits(splits, name, split)
     find_image_column(splits[split], name, options.image_column)
     rows = splits[split] if options.shuffle_seed is None else splits[split].shuffle(seed=options.shuffle_seed)
-    return SplitImages(options, _first(rows, options.max_samples), split, split_note)
+    return SplitImages(options, first_rows(rows, options.max_samples), split, split_note)
 
 
 def read_classes(rows: datasets.Dataset, column: str) -> tuple[list[int], dict[int, str]]:
@@ -304,14 +325,14 @@ def load_image_datasets(options: TrainingOptions) -> tuple[datasets.Dataset, dat
             raise ValueError(f"dataset {name!r} has {len(train)} image(s): none is left to hold out.")
         halves = train.train_test_split(test_size=held_out, seed=options.seed)
         train, validation = halves["train"], halves["test"]
-    return _first(train, options.max_train_samples), _first(validation, options.max_validation_samples)
+    return first_rows(train, options.max_train_samples), first_rows(validation, options.max_validation_samples)
 
 
 def load_train_images(options: TrainingOptions) -> datasets.Dataset:
     """All training images of one more dataset, of which none are held out; see `load_image_datasets`."""
     splits, split = options.load_splits(options.data_files()), options.train_split
     check_splits(splits, options.dataset_name, split)
-    return _first(
+    return first_rows(
         only_image_column(splits[split], options.dataset_name, options.image_column), options.max_train_samples
     )
 
@@ -395,7 +416,7 @@ def check_splits(splits: dict, dataset_name: str, *names: str) -> None:
             raise ValueError(f"dataset {dataset_name!r}: split {name!r} is empty.")
 
 
-def _first(dataset: datasets.Dataset, count: int | None) -> datasets.Dataset:
+def first_rows(dataset: datasets.Dataset, count: int | None) -> datasets.Dataset:
     return dataset if count is None else dataset.select(range(min(count, len(dataset))))
 
 

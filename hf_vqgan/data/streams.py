@@ -16,6 +16,7 @@ from accelerate.utils import gather_object
 
 from .datasets import ImageTransform, Mixture, UnreadableImage, decode_image
 from .images import TrainingOptions, check_splits, find_validation_split, only_image_column
+from .randomness import rng
 
 logger = logging.getLogger(__name__)
 
@@ -89,8 +90,8 @@ def load_image_stream(
         raise ValueError(f"dataset {name!r}: split {validation_split or train_split!r} is empty.")
     shards = [replace(shard, limit=limit) for shard in shards]
     if not any(True for shard in shards for _ in itertools.islice(shard.read(), 1)):
-        held_out = f", as the first {options.validation_size} are held out for validation"
-        why = held_out if hold_out and validation_split is None else ""
+        all_held_out = hold_out and validation_split is None
+        why = f", as the first {options.validation_size} are held out for validation" if all_held_out else ""
         raise ValueError(f"dataset {name!r}: split {train_split!r} has no image to train on{why}.")
     return shards, validation
 
@@ -132,8 +133,8 @@ class ShuffledShards:
             its end. What is known is not read again to find a later place.
     """
 
-    def __init__(self, shards: list[Shard], seed: str, buffer_size: int, lengths: dict[int, int]):
-        self.shards, self.seed, self.buffer_size, self.lengths = shards, seed, buffer_size, lengths
+    def __init__(self, shards: list[Shard], seed: int, name: str, buffer_size: int, lengths: dict[int, int]):
+        self.shards, self.seed, self.name, self.buffer_size, self.lengths = shards, seed, name, buffer_size, lengths
 
     def read(self, start: int = 0) -> Iterator[dict]:
         """The images from the `start`-th on, without end; exactly what follows if one reads from 0. See `tickets`."""
@@ -156,11 +157,11 @@ class ShuffledShards:
                 start += 1
 
     def _one_pass(self, number: int, offset: int) -> Iterator[_Ticket]:
-        rng = random.Random(f"{self.seed} {number}")
-        order = rng.sample(range(len(self.shards)), len(self.shards))
+        drawn = rng(self.seed, self.name, number)
+        order = drawn.sample(range(len(self.shards)), len(self.shards))
         buffer: list[_Ticket] = []
         unread = offset + self.buffer_size if offset else 0  # tickets that come in while we only look for the place
-        for place, ticket in enumerate(_shuffled(self._tickets(order, unread), buffer, self.buffer_size, rng)):
+        for place, ticket in enumerate(_shuffled(self._tickets(order, unread), buffer, self.buffer_size, drawn)):
             if place >= offset:
                 if ticket.record is None:
                     self._fill([ticket, *buffer])
@@ -191,16 +192,16 @@ class ShuffledShards:
                     rows[row].record = record
 
 
-def _shuffled(items: Iterator, buffer: list, size: int, rng: random.Random) -> Iterator:
+def _shuffled(items: Iterator, buffer: list, size: int, draws: random.Random) -> Iterator:
     """`items`, each drawn at random from `buffer`, the latest `size` that have not been drawn yet."""
     for item in items:
         if len(buffer) < size:
             buffer.append(item)
             continue
-        slot = rng.randrange(size)
+        slot = draws.randrange(size)
         item, buffer[slot] = buffer[slot], item
         yield item
-    rng.shuffle(buffer)
+    draws.shuffle(buffer)
     while buffer:
         yield buffer.pop()
 
@@ -298,15 +299,16 @@ class StreamedImages(torch.utils.data.Dataset):
 
         def read(source: int, start: int) -> Iterator[tuple[str, dict]]:
             shards = self.sources[source][group :: self.shard_groups]
-            name = f"shards {self.seed} {source} {group}"
+            name = f"shards {source} {group}"
             dataset = "" if self.weights is None else f"dataset {source + 1}, "
-            for ticket in ShuffledShards(shards, name, self.buffer_size, self.lengths[source][group]).tickets(start):
+            lengths = self.lengths[source][group]
+            for ticket in ShuffledShards(shards, self.seed, name, self.buffer_size, lengths).tickets(start):
                 shard, row = group + ticket.shard * self.shard_groups, shards[ticket.shard].skip + ticket.row
                 yield f"{dataset}shard {shard}, row {row}", ticket.record
 
         if self.weights is None:
             return read(0, start)
-        mixture = Mixture(self.weights, self.seed * 1_000_003 + group)
+        mixture = Mixture(self.weights, self.seed, f"mixture {group}")
         return (record for _, record in mixture.draw(start, read))
 
     def __getitems__(self, keys: list[tuple[int, str, dict]]) -> list[dict[str, Any]]:
@@ -314,7 +316,7 @@ class StreamedImages(torch.utils.data.Dataset):
         return [self._sample(keys[place : place + SPARES + 1]) for place in range(len(keys) - SPARES)]
 
     def _sample(self, candidates: list[tuple[int, str, dict]]) -> dict[str, Any]:
-        rng = random.Random(f"{self.seed} {candidates[0][0]}")
+        drawn = rng(self.seed, "crop", candidates[0][0])
         skipped: dict[str, str] = {}
         for _, place, record in candidates:
             try:
@@ -322,7 +324,7 @@ class StreamedImages(torch.utils.data.Dataset):
             except UnreadableImage as error:
                 skipped[error.name] = str(error)
                 continue
-            crop = self.transform.crop(self.transform.scale(image), rng)
+            crop = self.transform.crop(self.transform.scale(image), drawn)
             counts = {"unreadable": int(bool(skipped)), "upscaled": int(min(image.size) < self.transform.resolution)}
             return {"pixel_values": crop, "skipped": skipped, **counts}
         first = next(iter(skipped.values()))

@@ -20,6 +20,7 @@ from torchvision.transforms.v2 import functional as tvF
 from tqdm.auto import tqdm
 
 from ..data.datasets import ImageTransform, to_pixel_values
+from ..data.images import CentralSquares, cut_into_batches
 from ..files.image_archives import ImageArchive, read_image_archive
 from ..files.options import MAX_SEED, check_values, option
 from ..generation.encoded_dataset import weights_sha256
@@ -36,26 +37,24 @@ from ..measurement.metrics import sum_over_processes
 from ..training.setup import share_cpu_threads
 from .comparison import full_precision
 from .generation_report import (
+    LIBRARIES,
     SCORE_PARTS,
     GenerationProtocol,
     GenerationReport,
     GenerationResult,
     file_name,
-    library_versions,
     name_figures,
     titles,
     write_generation,
 )
+from .report import library_versions
 from .sample_sources import (
     DatasetRows,
     PipelineSamples,
     SamplingOptions,
-    Squares,
     StoredSamples,
     archive_squares,
-    cut_into_batches,
     load_samples_from,
-    load_squares,
     open_splits,
 )
 
@@ -247,14 +246,17 @@ class Workplace:
             raise ValueError(f"{title}: not one of {count} images can be read.")
         return found
 
-    def measure_stored(self, squares: Squares, title: str, shown: int = 0) -> SetFeatures:
-        batches = load_squares(squares, self.config.batch_size, self.config.dataloader_num_workers, self.accelerator)
-        return self.measure(batches, len(squares), title, shown)
+    def measure_stored(self, squares: CentralSquares, title: str, shown: int = 0) -> SetFeatures:
+        config, accelerator = self.config, self.accelerator
+        share = accelerator.process_index, accelerator.num_processes
+        batches = squares.batches(config.batch_size, config.dataloader_num_workers, *share)
+        return self.measure(((batch.rows, batch.squares) for batch in batches), len(squares), title, shown)
 
     def draw_samples(self, source: PipelineSamples, guidance_scale: float | None, folder: Path | None) -> Batches:
         """This process's samples, cut to squares; each is kept as a file in `folder`, if there is one."""
         labels, side = source.labels(self.config.num_samples), self.transform.resolution
-        for numbers in cut_into_batches(self.config.num_samples, self.config.batch_size, self.accelerator):
+        share = self.accelerator.process_index, self.accelerator.num_processes
+        for numbers in cut_into_batches(self.config.num_samples, self.config.batch_size, *share):
             pixels = source.sample(numbers, labels, guidance_scale)
             if min(pixels.shape[2:]) != side:
                 pixels = tvF.resize(pixels, [side], tvF.InterpolationMode.BICUBIC, antialias=True)
@@ -514,7 +516,7 @@ def describe_protocol(place: Workplace, subjects: Subjects, reference: Reference
         mixed_precision=config.mixed_precision,
         batch_size=config.batch_size,
         processes=place.accelerator.num_processes,
-        versions=library_versions(),
+        versions=library_versions(LIBRARIES),
     )
 
 
@@ -530,5 +532,5 @@ def show_closest(
     columns = {title: made.pictures[samples]}
     for rank, of_rank in enumerate(zip(*rows, strict=True), start=1):
         name = "nearest real" if rank == 1 else f"no. {rank}"
-        columns[name] = torch.stack([squares[row]["pixels"] for row in of_rank])
+        columns[name] = torch.stack([squares[row].pixels for row in of_rank])
     return columns

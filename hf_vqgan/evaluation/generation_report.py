@@ -5,16 +5,14 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from PIL import Image
 from torch import Tensor
 
 from ..files.documents import write_text
 from ..measurement.feature_networks import FeatureNetwork
 from ..measurement.generation_pictures import draw_grids, draw_side_by_side, draw_sweep
-from ..measurement.pictures import draw_comparison
+from ..measurement.pictures import draw_comparison, write_picture
 
 SCORE_PARTS = 10  # of the Inception score
 LIBRARIES = ("hf_vqgan", "torch", "torchvision", "torch-fidelity", "transformers", "diffusers", "pillow")
@@ -133,16 +131,6 @@ class GenerationResult:
         }
 
 
-def library_versions() -> dict[str, str]:
-    found = {}
-    for name in LIBRARIES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed"
-    return found
-
-
 def titles(runs: Sequence[tuple[str, float | None]]) -> list[str]:
     """Short names of (pipeline, guidance scale): of paths the last part, if that tells them apart, and the scale."""
     names = list(dict.fromkeys(name for name, _ in runs))
@@ -174,19 +162,12 @@ def write_generation(
     for name in ("samples.png", "neighbours.png", "guidance.png"):  # an earlier comparison's
         (folder / name).unlink(missing_ok=True)
     if any(len(images) for images in samples.values()):
-        _write_picture(folder / "samples.png", draw_grids(samples))
+        write_picture(folder / "samples.png", draw_grids(samples).save, format="PNG")
     if closest:
-        _write_picture(
-            folder / "neighbours.png", draw_side_by_side([draw_comparison(columns) for columns in closest.values()])
-        )
+        shown = draw_side_by_side([draw_comparison(columns) for columns in closest.values()])
+        write_picture(folder / "neighbours.png", shown.save, format="PNG")
     if curves := sweeps(result):
-        _write_picture(folder / "guidance.png", draw_sweep(curves, held_out_figures(result)))
-
-
-def _write_picture(file: Path, picture: Image.Image) -> None:
-    temporary = file.with_name(f".{file.name}")
-    picture.save(temporary, "PNG")
-    temporary.replace(file)
+        write_picture(folder / "guidance.png", draw_sweep(curves, held_out_figures(result)).save, format="PNG")
 
 
 def sweeps(result: GenerationResult) -> dict[str, dict[str, list[tuple[float, float]]]]:

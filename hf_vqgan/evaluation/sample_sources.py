@@ -9,7 +9,7 @@ import inspect
 import itertools
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -23,16 +23,10 @@ from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import functional as tvF
 
-from ..data.datasets import (
-    ImageTransform,
-    UnreadableImage,
-    decode_image,
-    row_of,
-)
-from ..data.images import find_image_column, load_splits
+from ..data.datasets import ImageTransform, decode_image
+from ..data.images import CentralSquares, DatasetSource, check_splits, first_rows, only_image_column, read_classes
 from ..data.randomness import rng, torch_rng
 from ..files.image_archives import ImageArchive, read_image_archive
 from ..files.sources import check_source
@@ -44,85 +38,30 @@ COUNT_PARAMETERS = ("batch_size", "num_images", "num_images_per_prompt")  # what
 PICTURE_FILES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 
 
-class Squares(Dataset):
-    """
-    Central squares of images, uint8 `(3, side, side)`, by number.
-
-    Args:
-        open_image (`Callable[[int], Image.Image]`): Raises UnreadableImage.
-        count (`int`): How many.
-        transform (`ImageTransform`): How they are cut.
-    """
-
-    def __init__(self, open_image: Callable[[int], Image.Image], count: int, transform: ImageTransform):
-        self.open_image, self.count, self.transform = open_image, count, transform
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __getitem__(self, item: int) -> dict[str, Any]:
-        """`item` and `pixels`, or `item` and `error`."""
-        try:
-            return {"item": item, "pixels": cut_square(self.open_image(item), self.transform)}
-        except UnreadableImage as error:
-            return {"item": item, "error": str(error)}
-
-
-def cut_square(image: Image.Image, transform: ImageTransform) -> Tensor:
-    """uint8 `(3, resolution, resolution)`."""
-    return tvF.center_crop(transform.scale(image), [transform.resolution] * 2)
-
-
-def load_squares(
-    squares: Squares, batch_size: int, num_workers: int, accelerator: Accelerator
-) -> Iterator[tuple[list[int], Tensor]]:
-    """This process's share of the images, in batches of numbers and uint8 `(B, 3, side, side)`."""
-    batches = cut_into_batches(len(squares), batch_size, accelerator)
-    for rows in DataLoader(squares, batch_sampler=batches, num_workers=num_workers, collate_fn=list):
-        for row in rows:
-            if "error" in row:
-                logger.warning("left out an unreadable image: %s", row["error"])
-        readable = [row for row in rows if "error" not in row]
-        if readable:
-            yield [row["item"] for row in readable], torch.stack([row["pixels"] for row in readable])
-
-
-def cut_into_batches(count: int, batch_size: int, accelerator: Accelerator) -> list[list[int]]:
-    """The numbers below `count` in batches, of which this process gets its share."""
-    batches = [list(range(start, min(start + batch_size, count))) for start in range(0, count, batch_size)]
-    return batches[accelerator.process_index :: accelerator.num_processes]
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Images that are there
 
 
 @dataclass(frozen=True)
 class DatasetRows:
-    """Rows of a split, with the names of their image and class columns."""
+    """
+    Rows of a split, and which of their columns count.
 
-    name: str
+    Args:
+        images (`datasets.Dataset`): With one column `image` of undecoded files.
+        labels (`list[int]`, *optional*): Class of every row.
+    """
+
     split: str
-    rows: datasets.Dataset
-    image_column: str
-    class_column: str | None = None
+    images: datasets.Dataset
+    labels: list[int] | None = None
 
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def squares(self, transform: ImageTransform) -> Squares:
-        images = self.rows.select_columns([self.image_column])
-        images = images.cast_column(self.image_column, datasets.Image(decode=False))
-        return Squares(partial(_open_row, images, self.image_column), len(images), transform)
+    def squares(self, transform: ImageTransform) -> CentralSquares:
+        return CentralSquares.of_rows(self.images, transform)
 
     def class_counts(self) -> list[int] | None:
         """How many rows each class has; `None` without a class column."""
-        if self.class_column is None:
-            return None
-        labels = self.rows[self.class_column][:]
-        if not all(isinstance(label, int) and label >= 0 for label in labels):
-            raise ValueError(f"class_column={self.class_column!r}: expected class numbers from 0, none missing.")
-        return np.bincount(labels).tolist()
+        return None if self.labels is None else np.bincount(self.labels).tolist()
 
 
 def open_splits(config) -> tuple[DatasetRows, DatasetRows | None]:
@@ -136,9 +75,7 @@ def open_splits(config) -> tuple[DatasetRows, DatasetRows | None]:
     Raises:
         ValueError: for a split or column that is not there, or an empty split.
     """
-    splits = load_splits(
-        config.dataset_name, config.dataset_config_name, cache_dir=config.cache_dir, revision=config.dataset_revision
-    )
+    splits = DatasetSource.of(config.dataset_name, config).load_splits()
     if config.held_out_split is not None:
         held_out = None if config.held_out_split == "none" else config.held_out_split
     else:
@@ -149,25 +86,15 @@ def open_splits(config) -> tuple[DatasetRows, DatasetRows | None]:
 
 
 def _open_split(splits: datasets.DatasetDict, split: str, config, class_column: str | None = None) -> DatasetRows:
-    name = config.dataset_name
-    if split not in splits:
-        raise ValueError(f"dataset {name!r} has no split {split!r}; it has {', '.join(splits)}.")
-    rows = splits[split]
-    if len(rows) == 0:
-        raise ValueError(f"dataset {name!r}: split {split!r} is empty.")
-    if class_column is not None and class_column not in rows.column_names:
-        raise ValueError(f"class_column={class_column!r} is not a column; columns: {', '.join(rows.column_names)}.")
-    rows = rows.select(range(min(len(rows), config.max_samples or len(rows))))
-    return DatasetRows(name, split, rows, find_image_column(rows, name, config.image_column), class_column)
+    check_splits(splits, config.dataset_name, split)
+    rows = first_rows(splits[split], config.max_samples)
+    images = only_image_column(rows, config.dataset_name, config.image_column)
+    return DatasetRows(split, images, read_classes(rows, class_column)[0] if class_column is not None else None)
 
 
-def archive_squares(archive: ImageArchive, transform: ImageTransform) -> Squares:
+def archive_squares(archive: ImageArchive, transform: ImageTransform) -> CentralSquares:
     """The images of an archive that has some."""
-    return Squares(partial(_open_array, archive.images), len(archive.images), transform)
-
-
-def _open_row(images: datasets.Dataset, column: str, item: int) -> Image.Image:
-    return decode_image(images[item][column], row_of(images, item))
+    return CentralSquares(partial(_open_array, archive.images), len(archive.images), transform)
 
 
 def _open_array(images: np.ndarray, item: int) -> Image.Image:
@@ -201,13 +128,10 @@ class StoredSamples:
             return min(self.archive.images.shape[1:3])
         return min(self._open(0).size)
 
-    def squares(self, transform: ImageTransform, count: int) -> Squares:
+    def squares(self, transform: ImageTransform, count: int) -> CentralSquares:
         """Of the first `count` of them."""
-        squares = Squares(self._open, len(self), transform)
-        if self.archive is not None:
-            squares = archive_squares(self.archive, transform)
-        squares.count = min(count, len(self))
-        return squares
+        open_image = self._open if self.archive is None else partial(_open_array, self.archive.images)
+        return CentralSquares(open_image, min(count, len(self)), transform)
 
     def _open(self, item: int) -> Image.Image:
         return decode_image({"bytes": None, "path": str(self.files[item])}, f"file {item}")

@@ -14,13 +14,12 @@ from ..hub.push import push_pipeline_to_hub
 from ..modeling_vqgan import VQGANModel
 from ..pipelines import VQGANLatentDiffusionPipeline, count_classes, normalize_latents
 from ..training.loop import run_task
-from ..training.setup import build_accelerator
+from ..training.setup import build_accelerator, count_steps
 from .denoisers import LatentDiffusionConfig, build_denoiser, build_schedulers, denoising_loss, draw
 from .generator import (
     GeneratorState,
     GeneratorTask,
     build_state,
-    count_steps,
     draw_grid,
     first_batch,
     load_rows,
@@ -113,7 +112,7 @@ def build_task(
     Raises:
         ValueError: if samples, tokenizer and denoiser do not fit together.
     """
-    config = dataclasses.replace(config, max_train_steps=count_steps(config, samples, accelerator))
+    config = dataclasses.replace(config, max_train_steps=count_steps(config, len(samples), accelerator))
     channels, side = latent_shape(config, samples, vqgan)
     denoiser = build_denoiser(config, channels, side, len(samples.classes))
     scheduler, sampling_scheduler = build_schedulers(config)

@@ -212,7 +212,7 @@ def _encode_shard(
     images = only_image_column(shard.rows, options.dataset_name, column)
     readable: list[int] = []
     made: dict[str, list[np.ndarray]] = {name: [] for name in config.what}
-    for batch in CentralSquares(images, options.transform(), shard.start).batches(config.batch_size):
+    for batch in CentralSquares.of_rows(images, options.transform(), shard.start).batches(config.batch_size):
         readable += batch.rows
         latents = model.encode(batch.pixels.to(model.device)).latents
         if "latents" in made:

@@ -338,14 +338,6 @@ def first_batch(samples: LatentSamples, device: torch.device) -> dict[str, Any]:
     return send_to_device(collate_samples([samples[0]]), device)
 
 
-def count_steps(config: GeneratorOptions, samples: LatentSamples, accelerator: Accelerator) -> int:
-    """`max_train_steps`, or what `num_train_epochs` come to."""
-    if config.max_train_steps is not None:
-        return config.max_train_steps
-    batch = config.train_batch_size * config.gradient_accumulation_steps * accelerator.num_processes
-    return max(1, config.num_train_epochs * len(samples) // batch)
-
-
 def draw_grid(
     pipeline: DiffusionPipeline, config: GeneratorOptions, batch_argument: str, **options: Any
 ) -> Image.Image:

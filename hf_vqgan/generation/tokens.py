@@ -16,13 +16,12 @@ from ..modeling_token_model import AutoregressiveTokenModel, MaskedTokenModel
 from ..modeling_vqgan import VQGANModel
 from ..token_pipeline import VQGANTokenPipeline
 from ..training.loop import run_task
-from ..training.setup import build_accelerator
+from ..training.setup import build_accelerator, count_steps
 from ..training.task import StepOutput
 from .generator import (
     GeneratorState,
     GeneratorTask,
     build_state,
-    count_steps,
     draw_grid,
     first_batch,
     load_rows,
@@ -181,7 +180,7 @@ def build_task(
     Raises:
         ValueError: if samples, what is held out and tokenizer do not fit together.
     """
-    config = dataclasses.replace(config, max_train_steps=count_steps(config, samples, accelerator))
+    config = dataclasses.replace(config, max_train_steps=count_steps(config, len(samples), accelerator))
     shape = grid_shape(config, samples, vqgan)
     if held_out is not None:
         check_held_out(config, samples, held_out, vqgan)

@@ -51,6 +51,7 @@ def push_run_to_hub(
     Push what a training run left in `output_dir`: the model with its code, the image processor, the card, pictures,
     metrics (and evaluation.json, if there is one) and, for plain codebooks, a `diffusers/` folder that
     `diffusers.VQModel` loads without this package. Local paths to models and datasets are reduced to their last names.
+    A folder with a pipeline is pushed as by `push_pipeline_to_hub`.
 
     Everything is uploaded in one commit, which also removes the weights of the same variant that it replaces: after an
     interrupted upload the repository is unchanged, and another call completes it.

@@ -202,6 +202,16 @@ class RecipeParser(HfArgumentParser):
         return message + (f"; did you mean {close[0]}?" if close else "; --help lists all flags.")
 
 
+def training_parser(
+    dataclass_types: Sequence[type], description: str, default_recipe: str | None = None
+) -> RecipeParser:
+    """The parser of a command that trains, which all have `--dry_run`."""
+    usage = "%(prog)s [--flag value ...]"
+    parser = RecipeParser(dataclass_types, default_recipe, description=description, usage=usage)
+    parser.add_argument("--dry_run", action="store_true", help="Check everything, print the plan, train nothing.")
+    return parser
+
+
 def flags_page() -> str:
     """docs/flags.md: every flag of `hf-vqgan train` with its default and meaning, as the dataclasses have them."""
 

@@ -67,9 +67,9 @@ def run_task(task: Task, dry_run: bool = False) -> dict[str, float]:
         if config.report_to:
             settings = {name: str(value) for name, value in public_settings(config).items()}
             accelerator.init_trackers(task.name, settings, init_kwargs={"wandb": {"dir": config.output_dir}})
+        task.prepare()
         # Closed at once, whatever happens: workers that outlive the notice also outlive the program, which waits for
         # them.
-        task.prepare()
         loader = task.batches(config.max_train_steps)
         with PreemptionNotice(accelerator) as notice, contextlib.closing(loader), progress_bar(state) as progress:
             take_steps(task, run, WaitClock(loader), notice, progress)

@@ -9,7 +9,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedTy
 from accelerate.utils import send_to_device
 
 from ..data.datasets import available_cores, default_num_workers, load_batches
-from .configuration import DatasetOptions
+from .configuration import DatasetOptions, OptimizationOptions
 
 Batches = Generator[dict[str, Any], None, None]
 
@@ -51,6 +51,14 @@ def share_cpu_threads(config, accelerator: Accelerator) -> None:
     elif accelerator.device.type == "cpu":
         local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         torch.set_num_threads(max(1, available_cores() // local_processes))
+
+
+def count_steps(config: OptimizationOptions, num_samples: int, accelerator: Accelerator) -> int:
+    """`max_train_steps`, or what `num_train_epochs` come to: whole steps, at least one."""
+    if config.max_train_steps is not None:
+        return config.max_train_steps
+    batch = config.train_batch_size * config.gradient_accumulation_steps * accelerator.num_processes
+    return max(1, config.num_train_epochs * num_samples // batch)
 
 
 def step_batches(state, dataset, stop: int) -> Batches:

@@ -28,7 +28,7 @@ from .loop import run_task
 from .networks import build_state, check_model, load_images, load_lpips, memory_format
 from .plan import format_plan
 from .run_folder import RunFolder
-from .setup import Batches, build_accelerator, device_batches
+from .setup import Batches, build_accelerator, count_steps, device_batches, step_batches
 from .step import TokenizerStepOutput, TrainState, initialize_codebook, training_step, update_codebook
 from .task import Task, due
 
@@ -56,10 +56,8 @@ def train(config: VQGANTrainingConfig, model_config: VQGANConfig, dry_run: bool 
     accelerator = build_accelerator(config)
     set_seed(config.seed)
     dataset, validation = load_images(config, model_config, accelerator)
-    if config.max_train_steps is None:
-        batch = config.train_batch_size * config.gradient_accumulation_steps * accelerator.num_processes
-        steps = max(1, config.num_train_epochs * len(dataset) // batch)
-        config = dataclasses.replace(config, max_train_steps=steps)
+    if config.max_train_steps is None:  # a stream, whose length is not known, has them
+        config = dataclasses.replace(config, max_train_steps=count_steps(config, len(dataset), accelerator))
     perceptual, metric = load_lpips(config, accelerator)
     state = build_state(config, model_config, accelerator, perceptual)
     return run_task(TokenizerTask(state, dataset, validation, metric, model_config), dry_run)
@@ -110,11 +108,7 @@ class TokenizerTask(Task):
         return "train" if state.quantizing else f"autoencoder until step {state.config.quantize_start}"
 
     def batches(self, stop: int) -> Batches:
-        state = self.state
-        per_step = state.config.gradient_accumulation_steps * state.accelerator.num_processes
-        return image_batches(
-            state, self.dataset, state.config.train_batch_size, range(state.step * per_step, stop * per_step)
-        )
+        return in_memory_format(self.state, step_batches(self.state, self.dataset, stop))
 
     def take_step(self, micro_batches: list[dict[str, Any]], run: RunFolder) -> TokenizerStepOutput:
         state, config = self.state, self.state.config
@@ -191,9 +185,9 @@ class TokenizerTask(Task):
         ).save_pretrained(folder)
 
 
-def image_batches(state: TrainState, dataset, batch_size: int, numbers: range) -> Batches:
-    """This process's share of the batches with these numbers, on its device, in the networks' memory format."""
-    for batch in device_batches(dataset, state.config, state.accelerator, batch_size, numbers):
+def in_memory_format(state: TrainState, batches: Batches) -> Batches:
+    """The batches with their pixels in the networks' memory format."""
+    for batch in batches:
         pixels = batch["pixel_values"].contiguous(memory_format=memory_format(state.config))
         yield batch | {"pixel_values": pixels}
 
@@ -278,7 +272,9 @@ def measure_scale(state: TrainState, dataset, batch_size: int = 16) -> None:
     """
     count, config = state.config.latent_statistics_images, state.vqgan.config
     sizes = [min(batch_size, count - start) for start in range(0, count, batch_size)]
-    batches = image_batches(state, dataset, batch_size, range(len(sizes)))  # in the order in which they are asked for
+    # In the order in which they are asked for
+    numbered = device_batches(dataset, state.config, state.accelerator, batch_size, range(len(sizes)))
+    batches = in_memory_format(state, numbered)
 
     def load(number: int) -> Tensor:
         return next(batches)["pixel_values"][: sizes[number]]
